@@ -1,0 +1,368 @@
+"""Usage: crashmail [options]
+
+Mails when a process exits unexpectedly. It runs as an event listener of
+supervisor, subscribed to the EXITED event, and to FATAL to be told too when
+supervisord has given up starting a process:
+
+    [eventlistener:crashmail]
+    command=crashmail -m bob@example.com
+    events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
+    buffer_size=1000
+
+What to watch; none of both is the same as -a
+  -p, --program=NAME          NAME (program, group:program or group:*); may be
+                              repeated
+  -a, --any                   every process of supervisord
+
+Mail:
+  -m, --email=ADDR            to whom; may be repeated or hold several with
+                              commas; without it there is the log only
+  -o, --optionalheader=TEXT   the subject begins with "TEXT: "
+      --tail=N                the last N lines of the process' stdout and stderr
+                              logs in the mail
+      --interval=TIME         the first crash is mailed at once, those of the
+                              next TIME go together in one mail: seconds, or a
+                              number with s, m, h or d
+  -s, --sendmail_program=CMD  the command that sends a mail
+                              (default: /usr/sbin/sendmail -t -i)
+      --smtp=URL              send by smtp://[user[:password]@]host[:port] or
+                              smtps://... instead; the password may also be in
+                              SUPERLANCE_SMTP_PASSWORD
+      --from=ADDR             the sender
+
+By hand:
+      --once                  send a test mail now, and print what the mail
+                              command or the server said; exit status 1 if it
+                              was not taken
+      --configuration=FILE    for --once: the supervisord.conf to find
+                              supervisord by
+  -h, --help                  print this text
+      --version               print the version
+"""
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from superlance import mail
+from superlance.listener import Event, listen, make_log, parse_tokens, timestamp
+from superlance.options import COMMON, Given, Option, UsageError, command, parse_count, parse_text, parse_timeout
+from superlance.processes import (
+    CantTell, Name, NameCheck, Refused, Supervisor, find_supervisor, make_process, parse_name)
+
+EXITED = 'PROCESS_STATE_EXITED'
+FATAL = 'PROCESS_STATE_FATAL'
+
+TAIL_BYTES = 64 * 1024
+TAIL_TIMEOUT_SECONDS = 2
+TAIL_PAUSE_SECONDS = 60
+# Of so many crashes in one mail the last words are kept; beyond, there is a line for each.
+TAILS_IN_MAIL = 50
+
+
+# Options.
+
+OPTIONS = (
+    Option('p', 'program', parse_name),
+    Option('a', 'any'),
+    Option('o', 'optionalheader', parse_text),
+    Option('', 'tail', parse_count),
+    Option('', 'interval', parse_timeout),
+) + mail.OPTIONS + COMMON
+
+
+class Options(NamedTuple):
+    names: Tuple[Name, ...]     # none: every process
+    prefix: str
+    tail_lines: Optional[int]
+    interval_seconds: Optional[float]
+    mail: mail.Settings
+    once: bool
+    configuration: Optional[str]
+
+
+def build_options(given: Given, arguments: List[str]) -> Options:
+    if arguments:
+        raise UsageError('unexpected argument %r; crashmail takes options only' % arguments[0])
+    if 'once' in given and 'email' not in given:
+        raise UsageError('option --once: it sends a test mail; say to whom with -m')
+    prefix = given.last('optionalheader')
+    return Options(
+        () if 'any' in given else tuple(given.all('program')), prefix + ': ' if prefix else '', given.last('tail'),
+        given.last('interval'), mail.read_settings(given), 'once' in given, given.last('configuration'))
+
+
+# Judge.
+
+class Crash(NamedTuple):
+    """A process that ended and should not have."""
+
+    group: str
+    program: str
+    pid: str            # '' where supervisord gave up starting it
+    from_state: str
+    when: float         # epoch seconds
+
+    @property
+    def subject(self) -> str:
+        if self.pid:
+            return '%s crashed at %s' % (self.program, timestamp(self.when))
+        return '%s is FATAL, supervisord has given up starting it, at %s' % (self.program, timestamp(self.when))
+
+    @property
+    def text(self) -> str:
+        if self.pid:
+            return ('program %s of group %s (pid %s) was %s and exited unexpectedly'
+                    % (self.program, self.group, self.pid, self.from_state))
+        return ('supervisord has given up starting program %s of group %s, which was %s and is FATAL now'
+                % (self.program, self.group, self.from_state))
+
+
+def find_crash(event: Event) -> Optional[Crash]:
+    """Return the Crash that an event tells of, None if it tells of none.
+
+    Raises ValueError for an event of which that can't be said.
+    """
+    if event.name not in (EXITED, FATAL):
+        return None
+    tokens = parse_tokens(event.payload.partition('\n')[0])
+    if event.name == EXITED and tokens.get('expected') == '1':
+        return None
+    if 'processname' not in tokens or (event.name == EXITED and tokens.get('expected') != '0'):
+        raise ValueError('unable to read a %s event: %r' % (event.name, event.payload[:200]))
+    program = tokens['processname']
+    pid = tokens.get('pid', 'unknown') if event.name == EXITED else ''
+    return Crash(tokens.get('groupname', program), program, pid, tokens.get('from_state', 'unknown'),
+                 event.received)
+
+
+# The last words of a process.
+
+class LastWords:
+    """Reads the last lines that a process wrote to its logs.
+
+    supervisord starts a process anew in the moment that it tells of the crash, so the
+    log has to be read before the new one writes to it. That is why supervisord is asked
+    for the names of the logs beforehand, and for the text only where a file can't be read.
+    What was there at a crash before belongs to an earlier process.
+    """
+
+    def __init__(self, supervisor: Supervisor, lines: int) -> None:
+        self._supervisor = supervisor
+        self._lines = lines
+        self._paths: Dict[str, Dict[str, str]] = {}     # by namespec and channel; '' for no log
+        self._ends: Dict[str, int] = {}     # of the logs, when a process crashed last
+        self._ask_after = 0.0
+        try:
+            for info in supervisor.call('getAllProcessInfo'):
+                self._add_paths(info)
+        except (CantTell, Refused):
+            pass  # a crash will tell
+
+    def fetch(self, crash: Crash) -> str:
+        """Return the lines, or why there are none; takes a few seconds at most."""
+        namespec = '%s:%s' % (crash.group, crash.program)
+        parts = []
+        try:
+            for channel in ('stdout', 'stderr'):
+                text = self._read(namespec, channel)
+                if text:
+                    lines = text.rstrip('\n').split('\n')[-self._lines:]
+                    parts.append('\nThe last lines of its %s log:\n%s' % (
+                        channel, '\n'.join('  ' + line for line in lines)))
+            current = make_process(self._ask('getProcessInfo', namespec))
+            if parts and current.pid and str(current.pid) != crash.pid:
+                parts.append('\nIt has been started again since (pid %d); a line at the very end may be of that one.'
+                             % current.pid)
+        except (CantTell, Refused) as why:
+            parts.append('\nsupervisord can not be asked for more of its log: %s' % why)
+        return '\n'.join(parts) or '\nIt has written nothing to a log.'
+
+    def _read(self, namespec: str, channel: str) -> Optional[str]:
+        """Return the end of a log, None if there is none. Raises CantTell and Refused."""
+        try:
+            if namespec not in self._paths:
+                self._add_paths(self._ask('getProcessInfo', namespec))
+            path = self._paths[namespec][channel]
+            if not path:
+                return None
+            if os.path.isfile(path):  # and no terminal or pipe, as /dev/stdout is
+                with open(path, 'rb') as file:
+                    end = os.fstat(file.fileno()).st_size
+                    start = self._ends.get(path, 0)
+                    if start > end:
+                        start = 0  # the log was rotated
+                    self._ends[path] = end
+                    file.seek(max(start, end - TAIL_BYTES))
+                    return file.read(min(TAIL_BYTES, end - start)).decode('utf-8', 'replace')
+        except OSError:
+            pass  # it may be another user's, and supervisord can read it
+        try:
+            return str(self._ask('readProcess%sLog' % channel.capitalize(), namespec, -TAIL_BYTES, 0))
+        except Refused as why:
+            if why.fault == 'NO_FILE':
+                return None
+            raise
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Ask supervisord, unless it did not answer a short while ago: events are waiting."""
+        if time.monotonic() < self._ask_after:
+            raise CantTell('supervisord did not answer a short while ago')
+        try:
+            return self._supervisor.call(method, *arguments)
+        except CantTell:
+            self._ask_after = time.monotonic() + TAIL_PAUSE_SECONDS
+            raise
+
+    def _add_paths(self, info: Mapping[str, Any]) -> None:
+        self._paths[make_process(info).namespec] = {
+            channel: info.get('%s_logfile' % channel, '') for channel in ('stdout', 'stderr')}
+
+
+# Tell.
+
+class Report(NamedTuple):
+    """A crash and what is told of it."""
+
+    crash: Crash
+    last_words: str
+
+
+def compose(reports: Sequence[Report]) -> Tuple[str, str]:
+    """Return the subject and body of the mail for one or several crashes."""
+    if len(reports) == 1:
+        crash, last_words = reports[0]
+        return crash.subject, '%s: %s.\n%s\n' % (timestamp(crash.when), crash.text, last_words)
+    programs = sorted({report.crash.program for report in reports})
+    subject = '%d crashes by %s: %s' % (len(reports), timestamp(reports[-1].crash.when), ', '.join(programs[:10]))
+    if len(programs) > 10:
+        subject += ' and %d more' % (len(programs) - 10)
+    return subject, '\n'.join('%s: %s.\n%s' % (timestamp(report.crash.when), report.crash.text, report.last_words)
+                              for report in reports)
+
+
+class Digest:
+    """Sends the first report at once, and those of the next interval together."""
+
+    def __init__(self, interval_seconds: float, send: Callable[[Sequence[Report]], None]) -> None:
+        self._interval_seconds = interval_seconds
+        self._send = send
+        self._lock = threading.Lock()
+        self._timer: Optional[threading.Timer] = None
+        self._held: List[Report] = []
+
+    def add(self, report: Report) -> None:
+        with self._lock:
+            if self._timer:
+                self._held.append(report if len(self._held) < TAILS_IN_MAIL else report._replace(last_words=''))
+            else:
+                self._send([report])
+                self._wait()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            self._send_held()
+
+    def _wait(self) -> None:
+        self._timer = threading.Timer(self._interval_seconds, self._end_interval)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end_interval(self) -> None:
+        with self._lock:
+            if self._held:
+                self._send_held()
+                self._wait()
+            else:
+                self._timer = None
+
+    def _send_held(self) -> None:
+        if self._held:
+            self._send(self._held)
+            self._held = []
+
+
+class Crashmail:
+    """The listener: logs and mails every crash of a watched process."""
+
+    def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
+        self._options = options
+        self._log = make_log('crashmail')
+        supervisor = Supervisor(environment, TAIL_TIMEOUT_SECONDS)
+        self._names = NameCheck(options.names, supervisor, self._log)
+        self._outbox = mail.Outbox(options.mail, 'crashmail', self._log)
+        self._last_words = LastWords(supervisor, options.tail_lines) if options.tail_lines else None
+        self._digest = Digest(options.interval_seconds, self._send) if options.interval_seconds else None
+        self._server = ''
+
+    def handle(self, event: Event) -> None:
+        try:
+            crash = find_crash(event)
+        except ValueError as why:
+            self._log(str(why))
+            return
+        if crash and self._is_watched(crash):
+            self._log('%s: %s' % (crash.program, crash.text))
+            self._server = event.server
+            report = Report(crash, self._last_words.fetch(crash) if self._last_words else '')
+            if self._digest:
+                self._digest.add(report)
+            else:
+                self._send([report])
+        self._names.check_in_child()
+
+    def finish(self) -> None:
+        if self._digest:
+            self._digest.close()
+        self._outbox.close()
+
+    def _is_watched(self, crash: Crash) -> bool:
+        return not self._options.names or any(name.means(crash.group, crash.program) for name in self._options.names)
+
+    def _send(self, reports: Sequence[Report]) -> None:
+        subject, body = compose(reports)
+        self._outbox.put(self._options.prefix + subject, body, self._server)
+
+
+# One look by hand.
+
+def send_test(options: Options, environment: Mapping[str, str]) -> int:
+    """Send a test mail and print what became of it; return 0 if it was taken, else 1."""
+    server = ''
+    if options.configuration or 'SUPERVISOR_SERVER_URL' in environment:
+        try:
+            server = find_supervisor(options.configuration, environment).call('getIdentification')
+        except (CantTell, Refused) as why:
+            print('note: %s' % why)
+    now = time.time()
+    subject = '%scrashmail test at %s' % (options.prefix, timestamp(now))
+    test = mail.Mail(subject, 'This is a test: crashmail --once was run by hand, and nothing has crashed.\n',
+                     server, now, 0.0)
+    deadline = time.monotonic() + mail.SEND_TIMEOUT_SECONDS
+    try:
+        said = mail.send(options.mail, mail.compose(options.mail, 'crashmail', test),
+                         lambda: deadline - time.monotonic())
+    except mail.SendFailed as why:
+        print('refused: %s' % why)
+        return 1
+    print('sent "%s" to %s%s' % (subject, ', '.join(options.mail.recipients), ': ' + said if said else ''))
+    return 0
+
+
+def run(options: Options) -> int:
+    if options.once:
+        return send_test(options, os.environ)
+    crashmail = Crashmail(options, os.environ)
+    return listen('crashmail', crashmail.handle, crashmail.finish)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return command('crashmail', __doc__, OPTIONS, build_options, run, argv)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

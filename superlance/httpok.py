@@ -1,0 +1,694 @@
+"""Usage: httpok [options] URL
+
+Restarts processes that run but no longer answer their URL, and mails when it
+did. It runs as an event listener of supervisor, subscribed to a TICK event:
+
+    [eventlistener:httpok]
+    command=httpok -p web -m bob@example.com http://localhost:8080/health
+    events=TICK_60
+
+What to restart when the URL fails; none of both: check and mail only
+  -p, --program=NAME          NAME (program, group:program or group:*); may be
+                              repeated
+  -a, --any                   every RUNNING process of supervisord
+
+What a good reply is:
+  -t, --timeout=SECONDS       how long the whole check may take, the body and
+                              retries of a refused connection included
+                              (default: 10)
+  -c, --code=STATUS           an expected status; may be repeated
+                              (default: 200)
+  -b, --body=TEXT             a text that must occur in the body
+      --header='NAME: VALUE'  a header to send, Host too; may be repeated
+      --unix-socket=PATH      connect to this socket; the URL gives host and path
+      --verify                verify the certificate of https
+      --cafile=FILE           verify it with the authorities in FILE
+
+When to restart:
+  -e, --eager                 check even if no watched process is RUNNING
+                              (default)
+  -E, --not-eager             check only if a watched process is RUNNING
+      --failures=N            only after N failed checks in a row
+      --grace=TIME            not a process that has run for less than TIME:
+                              seconds, or a number with s, m, h or d
+      --max-restarts=N/TIME   at most N restarts of one process within TIME;
+                              then leave it alone, and tell that once
+      --dry-run               say what would be restarted, and leave it running
+  -d, --coredir=DIR           put a core of each process into DIR before its
+                              restart
+  -g, --gcore=CMD             the command for that, run as CMD DIR/NAME PID
+                              (default: /usr/bin/gcore -o)
+
+Mail:
+  -m, --email=ADDR            to whom; may be repeated or hold several with
+                              commas; without it there is the log only
+  -n, --name=NAME             the subject begins with "httpok [NAME]"
+  -s, --sendmail_program=CMD  the command that sends a mail
+                              (default: /usr/sbin/sendmail -t -i)
+      --smtp=URL              send by smtp://[user[:password]@]host[:port] or
+                              smtps://... instead; the password may also be in
+                              SUPERLANCE_SMTP_PASSWORD
+      --from=ADDR             the sender
+
+By hand, and in the log:
+      --once                  check now, print the reply and do nothing else;
+                              exit status 1 if the check failed
+      --configuration=FILE    for --once: the supervisord.conf to find
+                              supervisord by
+  -v, --verbose               log every check
+  -h, --help                  print this text
+      --version               print the version
+"""
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+from superlance import __version__, mail
+from superlance.listener import CommandFailed, Event, listen, make_log, one_line, run_command
+from superlance.options import (
+    COMMON, Given, Option, Rate, UsageError, command, parse_count, parse_rate, parse_text, parse_time,
+    parse_timeout, without_password)
+from superlance.processes import (
+    DRY_RUN, EVERY, RESTARTED, RUNNING, START_FAILED, STARTING, SUBJECTS, CantTell, Name, NameCheck, Outcome,
+    Process, Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
+
+if TYPE_CHECKING:
+    import ssl
+    from http.client import HTTPResponse
+
+GCORE = '/usr/bin/gcore -o'
+GCORE_TIMEOUT_SECONDS = 300
+RETRY_REFUSED_SECONDS = 1
+BODY_LIMIT_BYTES = 1024 * 1024
+# RFC 9110, 5.6.2
+TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+# Options.
+
+class Target(NamedTuple):
+    """A URL, taken apart."""
+
+    tls: bool
+    host: str
+    port: int
+    path: str               # with the query
+    host_header: str
+    authorization: Optional[str]
+    shown: str              # the URL without its password
+
+
+def parse_url(text: str) -> Target:
+    """Return the Target for an http or https URL. Raises ValueError."""
+    from base64 import b64encode
+    from urllib.parse import quote, unquote, urlsplit
+
+    shown = without_password(text)
+
+    def wrong(reason: str) -> ValueError:
+        return ValueError('URL %r %s; write one as in http://localhost:8080/health' % (shown, reason))
+
+    if not text.isprintable() or ' ' in text:
+        raise wrong('has a space or a control character')
+    try:
+        url = urlsplit(text)
+    except ValueError as why:
+        raise wrong('can not be read: %s' % why)
+    if url.scheme not in ('http', 'https'):
+        raise wrong('is neither http nor https')
+    host = (url.hostname or '').replace('%25', '%')     # the zone of an IPv6 address, RFC 6874
+    if not host:
+        raise wrong('has no host')
+    try:
+        port = url.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise wrong('has a port that is no number from 1 to 65535')
+    if not host.isascii():
+        try:
+            host = host.encode('idna').decode('ascii')
+        except UnicodeError as why:
+            raise wrong('has a host that can not be: %s' % why)
+    authorization = None
+    if url.username is not None:
+        pair = '%s:%s' % (unquote(url.username), unquote(url.password or ''))
+        authorization = 'Basic ' + b64encode(pair.encode('utf-8')).decode('ascii')
+    # Letters beyond ASCII are encoded; what is percent-encoded already stays as it is.
+    path = quote(url.path or '/', safe="%/:@!$&'()*+,;=~")
+    if url.query:
+        path += '?' + quote(url.query, safe="%/?:@!$&'()*+,;=~[]{}|^")
+    tls = url.scheme == 'https'
+    host_header = '[%s]' % host.partition('%')[0] if ':' in host else host
+    return Target(tls, host, port or (443 if tls else 80), path,
+                  '%s:%d' % (host_header, port) if port else host_header, authorization, shown)
+
+
+def parse_status(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 100 <= int(text) <= 599):
+        raise ValueError('%r is not an HTTP status; write a number from 100 to 599, as in 200' % text)
+    return int(text)
+
+
+def parse_header(text: str) -> Tuple[str, str]:
+    name, colon, value = text.partition(':')
+    if not (colon and name and TOKEN_CHARACTERS.issuperset(name) and value.strip().isprintable()):
+        raise ValueError("%r is not a header; write one as in 'X-Probe: httpok'" % text)
+    return name, value.strip()
+
+
+def parse_command(text: str) -> List[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as why:
+        raise ValueError('%r is not a command: %s' % (text, why))
+    if not words:
+        raise ValueError('an empty command; write one as in /usr/bin/gcore -o')
+    return words
+
+
+OPTIONS = (
+    Option('p', 'program', parse_name),
+    Option('a', 'any'),
+    Option('t', 'timeout', parse_timeout),
+    Option('c', 'code', parse_status),
+    Option('b', 'body', parse_text),
+    Option('', 'header', parse_header),
+    Option('', 'unix-socket', parse_text),
+    Option('', 'verify'),
+    Option('', 'cafile', parse_text),
+    Option('e', 'eager'),
+    Option('E', 'not-eager'),
+    Option('', 'failures', parse_count),
+    Option('', 'grace', parse_time),
+    Option('', 'max-restarts', parse_rate),
+    Option('', 'dry-run'),
+    Option('d', 'coredir', parse_text),
+    Option('g', 'gcore', parse_command),
+    Option('n', 'name', str),
+    Option('v', 'verbose'),
+) + mail.OPTIONS + COMMON
+
+
+class Options(NamedTuple):
+    target: Target
+    names: Tuple[Name, ...]     # whom to restart
+    timeout_seconds: float
+    statuses: FrozenSet[int]
+    body: Optional[str]
+    headers: Tuple[Tuple[str, str], ...]
+    unix_socket: Optional[str]
+    tls_context: Optional[ssl.SSLContext]
+    eager: bool
+    failures: int
+    grace_seconds: float
+    max_restarts: Optional[Rate]
+    dry_run: bool
+    core_directory: Optional[str]
+    gcore: Sequence[str]
+    name: Optional[str]
+    verbose: bool
+    mail: mail.Settings
+    once: bool
+    configuration: Optional[str]
+
+
+def build_options(given: Given, arguments: List[str]) -> Options:
+    if len(arguments) != 1:
+        raise UsageError('%s; write one, as in http://localhost:8080/health'
+                         % ('%d URLs are given: %s' % (len(arguments), ' '.join(map(without_password, arguments)))
+                            if arguments else 'no URL is given'))
+    try:
+        target = parse_url(arguments[0])
+    except ValueError as why:
+        raise UsageError(str(why))
+    names = (EVERY,) if 'any' in given else tuple(given.all('program'))
+    eager = 'not-eager' not in given
+    if not (eager or names):
+        raise UsageError('option -E: no process is watched; give -p or -a with it')
+    return Options(
+        target, names, given.last('timeout', 10.0), frozenset(given.all('code') or [200]), given.last('body'),
+        tuple(given.all('header')), given.last('unix-socket'),
+        make_tls_context('verify' in given, given.last('cafile')) if target.tls else None,
+        eager, given.last('failures', 1), given.last('grace', 0.0), given.last('max-restarts'), 'dry-run' in given,
+        given.last('coredir'), given.last('gcore', shlex.split(GCORE)), given.last('name'), 'verbose' in given,
+        mail.read_settings(given), 'once' in given, given.last('configuration'))
+
+
+def make_tls_context(verify: bool, authorities: Optional[str]) -> ssl.SSLContext:
+    """Return how to speak TLS: with the system's authorities, those in a file, or any certificate."""
+    import ssl
+
+    if verify or authorities:
+        try:
+            return ssl.create_default_context(cafile=authorities)
+        except OSError as why:
+            raise UsageError('option --cafile: %r can not be used: %s; name a file of certificates in PEM format'
+                             % (authorities, why.strerror or why))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+# Probe.
+
+class CheckFailed(Exception):
+    """The URL gave no reply that could be judged; the message is one line."""
+
+
+class Reply(NamedTuple):
+    """What the URL answered."""
+
+    status: int
+    reason: str
+    has_text: bool      # the status is good, and the body contains the text of -b if there is one
+    seconds: float
+
+
+class Deadline:
+    """The end of a check."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def seconds_left(self) -> float:
+        """Return seconds, more than none. Raises CheckFailed."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise CheckFailed('no complete reply within %g s' % self._seconds)
+        return left
+
+    def seconds_taken(self) -> float:
+        return time.monotonic() - self._end + self._seconds
+
+
+class BoundedSocket(io.RawIOBase):
+    """A connected socket as http.client uses one; a deadline bounds all that it waits for together."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self._sock = sock
+        self._deadline = deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(self._deadline.seconds_left())
+        self._sock.sendall(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(self._deadline.seconds_left())
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        """Leave the socket open: http.client closes a connection before it reads the body."""
+
+
+class Resolver:
+    """Finds a host's addresses within bounded time.
+
+    getaddrinfo can't be interrupted, so it has a thread; one that is late is waited for again by the
+    next check, so that there is never more than one.
+    """
+
+    def __init__(self) -> None:
+        self._thread: Optional[threading.Thread] = None
+        self._answer: Union[List[Any], OSError] = []
+
+    def resolve(self, host: str, port: int, deadline: Deadline) -> List[Any]:
+        """Return what getaddrinfo does. Raises OSError and CheckFailed."""
+        try:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            pass  # it is a name
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look_up, args=(host, port), daemon=True)
+            self._thread.start()
+        self._thread.join(deadline.seconds_left())
+        if self._thread.is_alive():
+            raise CheckFailed('the address of %s was not found in time' % host)
+        self._thread = None
+        if isinstance(self._answer, OSError):
+            raise self._answer
+        return self._answer
+
+    def _look_up(self, host: str, port: int) -> None:
+        try:
+            self._answer = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as why:
+            self._answer = why
+        except UnicodeError as why:
+            self._answer = OSError(str(why))
+
+
+def connect(options: Options, resolver: Resolver, deadline: Deadline) -> socket.socket:
+    """Return a connected socket; a refused connection is tried again until the deadline."""
+    while True:
+        try:
+            return _connect_once(options, resolver, deadline)
+        except (ConnectionRefusedError, FileNotFoundError) as why:     # of the latter kind: a unix socket
+            refused = why
+        try:
+            time.sleep(min(RETRY_REFUSED_SECONDS, deadline.seconds_left()))
+            deadline.seconds_left()
+        except CheckFailed:
+            raise refused
+
+
+def _connect_once(options: Options, resolver: Resolver, deadline: Deadline) -> socket.socket:
+    if options.unix_socket:
+        addresses = [(socket.AF_UNIX, options.unix_socket)]
+    else:
+        found = resolver.resolve(options.target.host, options.target.port, deadline)
+        addresses = [(family, address) for family, _, _, _, address in found]
+    failures: List[OSError] = []
+    for position, (family, address) in enumerate(addresses):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            # One address that swallows packets must not use up the time of the others.
+            sock.settimeout(deadline.seconds_left() / (len(addresses) - position))
+            sock.connect(address)
+            return sock
+        except OSError as why:
+            sock.close()
+            failures.append(why)
+    raise next((why for why in failures if isinstance(why, ConnectionRefusedError)), failures[-1])
+
+
+def fetch(options: Options, resolver: Resolver) -> Reply:
+    """Ask the URL. Raises CheckFailed."""
+    from http.client import HTTPConnection, HTTPException
+
+    target = options.target
+    deadline = Deadline(options.timeout_seconds)
+    try:
+        with connect(options, resolver, deadline) as sock:
+            if options.tls_context:
+                sock.settimeout(deadline.seconds_left())
+                sock = options.tls_context.wrap_socket(sock, server_hostname=target.host)
+            with sock:
+                connection = HTTPConnection(target.host)
+                connection.sock = BoundedSocket(sock, deadline)
+                connection.putrequest('GET', target.path, skip_host=True)
+                for name, value in make_headers(options):
+                    connection.putheader(name, value.encode('utf-8'))
+                connection.endheaders()
+                reply = connection.getresponse()
+                has_text = reply.status in options.statuses and read_body(reply, options.body)
+                return Reply(reply.status, one_line(reply.reason[:200]), has_text, deadline.seconds_taken())
+    except socket.timeout:
+        raise CheckFailed('no complete reply within %g s' % options.timeout_seconds)
+    except (OSError, HTTPException, ValueError) as why:
+        raise CheckFailed('no reply: %s' % one_line(getattr(why, 'strerror', None) or why or type(why).__name__))
+
+
+def make_headers(options: Options) -> List[Tuple[str, str]]:
+    """Return the headers of the request: those of --header, and ours where they do not say otherwise."""
+    own = [('Host', options.target.host_header), ('User-Agent', 'httpok/%s' % __version__), ('Accept', '*/*'),
+           ('Connection', 'close')]
+    if options.target.authorization:
+        own.append(('Authorization', options.target.authorization))
+    given = {name.lower() for name, _ in options.headers}
+    return [(name, value) for name, value in own if name.lower() not in given] + list(options.headers)
+
+
+def read_body(reply: HTTPResponse, text: Optional[str]) -> bool:
+    """Read a body as far as is needed, and return whether text, if any, occurs in it.
+
+    Raises CheckFailed for a body that ends before its Content-Length.
+    """
+    wanted = encode_text(text, reply.headers.get_content_charset()) if text else ()
+    kept = max(map(len, wanted), default=1) - 1
+    seen_bytes = 0
+    tail = b''
+    while reply.length != 0 and (wanted or seen_bytes < BODY_LIMIT_BYTES):
+        # What has come is looked at; read() alone would wait for as much as it is asked for.
+        size = len(reply.peek())
+        if (getattr(reply, 'chunk_left', None) or 0) < 0:
+            raise CheckFailed('no reply: a chunk of negative length')  # read() would take it for "all"
+        chunk = reply.read(max(1, size))
+        if not chunk:
+            break
+        seen_bytes += len(chunk)
+        tail += chunk
+        if any(piece in tail for piece in wanted):
+            return True
+        tail = tail[max(0, len(tail) - kept):]
+    else:
+        return not wanted
+    if reply.length:
+        raise CheckFailed('no reply: the body ended %d bytes early' % reply.length)
+    return not wanted
+
+
+def encode_text(text: str, charset: Optional[str]) -> Tuple[bytes, ...]:
+    """Return text as UTF-8 and, where that can be, as the reply's charset has it."""
+    encoded = [text.encode('utf-8', 'surrogateescape')]
+    try:
+        encoded.append(text.encode(charset or 'utf-8'))
+    except (LookupError, UnicodeError):
+        pass
+    return tuple(encoded)
+
+
+# Judge.
+
+BAD_STATUS = 'bad status returned'
+BAD_BODY = 'bad body returned'
+
+
+class Verdict(NamedTuple):
+    """What is wrong with a reply, for a subject and in words; '' twice for a good one."""
+
+    subject: str
+    text: str
+
+
+def judge(reply: Union[Reply, CheckFailed], statuses: FrozenSet[int], body: Optional[str]) -> Verdict:
+    if isinstance(reply, CheckFailed):
+        return Verdict(BAD_STATUS, str(reply))
+    if reply.status not in statuses:
+        return Verdict(BAD_STATUS, 'status %d %s where %s was expected' % (
+            reply.status, reply.reason, ' or '.join(map(str, sorted(statuses)))))
+    if not reply.has_text:
+        return Verdict(BAD_BODY, 'the body does not contain %r' % body)
+    return Verdict('', '')
+
+
+def check(options: Options, resolver: Resolver) -> Tuple[Union[Reply, CheckFailed], Verdict]:
+    """Ask the URL and judge what it answered."""
+    try:
+        reply: Union[Reply, CheckFailed] = fetch(options, resolver)
+    except CheckFailed as why:
+        reply = why
+    return reply, judge(reply, options.statuses, options.body)
+
+
+# Act and tell.
+
+class Httpok:
+    """The listener: at every tick, checks the URL and restarts those behind it when that fails."""
+
+    def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
+        self._options = options
+        self._log = make_log('httpok')
+        self._resolver = Resolver()
+        self._own_group = environment.get('SUPERVISOR_GROUP_NAME')
+        self._supervisor = Supervisor(environment)
+        self._restarter = Restarter(self._supervisor, self._note, options.max_restarts, options.dry_run)
+        self._outbox = mail.Outbox(options.mail, 'httpok', self._log)
+        self._names = NameCheck([name for name in options.names if name != EVERY], self._supervisor, self._log)
+        self._failures = 0
+        self._outcomes: List[Outcome] = []
+        self._lines: List[str] = []     # for the mail
+        self._server = ''
+
+    def handle(self, event: Event) -> None:
+        if not event.name.startswith('TICK') or self._restarter.is_stale(event):
+            return
+        self._server = event.server
+        self._retry()
+        self._names.check_in_child()
+        try:
+            reason = self._find_reason_to_wait()
+        except (CantTell, Refused) as why:
+            self._log('unable to ask which processes run, so %s is not checked: %s' % (self._options.target.shown, why))
+            return
+        if reason:
+            if self._options.verbose:
+                self._log('%s is not checked: %s' % (self._options.target.shown, reason))
+            return
+        reply, verdict = check(self._options, self._resolver)
+        if verdict.text:
+            self._failures += 1
+            self._log('%s: %s%s' % (
+                self._options.target.shown, verdict.text,
+                ' (failed check %d of %d)' % (self._failures, self._options.failures)
+                if self._failures < self._options.failures else ''))
+            if self._failures >= self._options.failures:
+                self._act(verdict)
+        else:
+            self._failures = 0
+            if self._options.verbose and isinstance(reply, Reply):
+                self._log('%s: status %d in %.3f s' % (self._options.target.shown, reply.status, reply.seconds))
+
+    def finish(self) -> None:
+        self._retry()
+        self._outbox.close()
+
+    def _find_watched(self) -> List[Process]:
+        processes = self._supervisor.get_processes()
+        self._names.check(processes)
+        return [process for process in processes if process.group != self._own_group
+                and any(name.means(process.group, process.program) for name in self._options.names)]
+
+    def _is_young(self, process: Process) -> bool:
+        return process.uptime_seconds < self._options.grace_seconds
+
+    def _find_reason_to_wait(self) -> str:
+        """Return why the URL need not be asked now, or ''. Raises CantTell and Refused."""
+        if not self._options.names or (self._options.eager and not self._options.grace_seconds):
+            return ''
+        up = [process for process in self._find_watched() if process.state in (STARTING, RUNNING)]
+        if not (self._options.eager or any(process.state == RUNNING for process in up)):
+            return 'no watched process is RUNNING'
+        if up and all(map(self._is_young, up)):
+            return 'the watched processes have run for less than %g s' % self._options.grace_seconds
+        return ''
+
+    def _act(self, verdict: Verdict) -> None:
+        """Restart what is watched, and mail what was wrong and what was done."""
+        self._outcomes = []
+        self._lines = [verdict.text]
+        quiet = False
+        try:
+            if self._options.names:
+                quiet = self._restart_watched()
+        finally:
+            if any(outcome.result in (RESTARTED, START_FAILED, DRY_RUN) for outcome in self._outcomes):
+                self._failures = 0
+            if self._outcomes or not quiet:
+                self._mail(verdict.subject, self._lines)
+
+    def _restart_watched(self) -> bool:
+        """Restart what is watched; return whether all of it is left alone as was told before."""
+        try:
+            running = [process for process in self._find_watched() if process.state == RUNNING]
+        except (CantTell, Refused) as why:
+            self._say('nothing is restarted: %s' % why)
+            return False
+        if not running:
+            self._say('nothing is restarted: no watched process is RUNNING')
+        for process in running:
+            if self._is_young(process):
+                self._say('left %s alone: it has run for %d s, and its grace is %g s'
+                          % (process.title, process.uptime_seconds, self._options.grace_seconds))
+            else:
+                self._restarter.restart(process, self._dump_core if self._options.core_directory else None)
+        return bool(running)
+
+    def _dump_core(self, process: Process) -> None:
+        assert self._options.core_directory
+        path = os.path.join(self._options.core_directory, make_file_name(process.title))
+        deadline = time.monotonic() + GCORE_TIMEOUT_SECONDS
+        try:
+            output = run_command([*self._options.gcore, path, str(process.pid)], lambda: deadline - time.monotonic())
+        except CommandFailed as why:
+            self._say('unable to write a core of %s: %s' % (process.title, why))
+        else:
+            said = output[-2000:].decode('utf-8', 'replace')
+            self._log('wrote a core of %s: %s' % (process.title, one_line(said)))
+            self._lines += ['wrote a core of %s:' % process.title, *said.splitlines()]
+
+    def _retry(self) -> None:
+        self._outcomes = []
+        self._restarter.retry()
+        for outcome in self._outcomes:
+            if outcome.result in SUBJECTS:
+                self._mail(SUBJECTS[outcome.result] % outcome.process.title, [outcome.text])
+
+    def _note(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._say(outcome.text)
+
+    def _say(self, line: str) -> None:
+        self._log(line)
+        self._lines.append(line)
+
+    def _mail(self, subject: str, lines: Sequence[str]) -> None:
+        program = 'httpok [%s]' % self._options.name if self._options.name else 'httpok'
+        shown = self._options.target.shown
+        self._outbox.put('%s: %s: %s' % (program, shown, subject),
+                         '%s\n\n%s\n' % (shown, '\n'.join(map(one_line, lines))), self._server)
+
+
+def make_file_name(title: str) -> str:
+    """Return a process' title as the name of a file in whatever directory."""
+    name = ''.join(c if c.isalnum() or c in '-_.:@+' else '_' for c in title)
+    return '_' + name[1:] if name.startswith('.') else name
+
+
+# One look by hand.
+
+def look_once(options: Options, environment: Mapping[str, str]) -> int:
+    """Print the reply and what would be restarted; return 0 if all is well, else 1."""
+    reply, verdict = check(options, Resolver())
+    print('url      %s' % options.target.shown)
+    if isinstance(reply, Reply):
+        print('status   %d %s' % (reply.status, reply.reason))
+        print('time     %.3f s' % reply.seconds)
+        if options.body:
+            print('body     %s %r' % ('contains' if reply.has_text else 'does not contain', options.body))
+    print('verdict  %s' % one_line(verdict.text or 'ok'))
+    if not options.names:
+        return 1 if verdict.text else 0
+    try:
+        processes = find_supervisor(options.configuration, environment).get_processes()
+    except (CantTell, Refused) as why:
+        print('watched  unable to tell: %s' % one_line(why))
+        return 1
+    for process in processes:
+        if any(name.means(process.group, process.program) for name in options.names):
+            print('watched  %s' % describe_watched(process, options, bool(verdict.text)))
+    unmatched = find_unmatched([name for name in options.names if name != EVERY], processes)
+    for line in unmatched:
+        print('watched  %s' % line)
+    return 1 if verdict.text or unmatched else 0
+
+
+def describe_watched(process: Process, options: Options, failed: bool) -> str:
+    """Return what a watched process is, and what becomes of it where the check has failed."""
+    if process.state != RUNNING:
+        return '%s is %s: not restarted' % (process.title, process.state_name)
+    line = '%s is RUNNING (pid %d, for %d s)' % (process.title, process.pid, process.uptime_seconds)
+    if not failed:
+        return line
+    if process.uptime_seconds < options.grace_seconds:
+        return '%s: in its grace, not restarted' % line
+    return '%s: would be restarted' % line
+
+
+def run(options: Options) -> int:
+    if options.once:
+        return look_once(options, os.environ)
+    httpok = Httpok(options, os.environ)
+    return listen('httpok', httpok.handle, httpok.finish)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return command('httpok', __doc__, OPTIONS, build_options, run, argv)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

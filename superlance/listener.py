@@ -1,0 +1,234 @@
+"""What the three listeners share of being a supervisor event listener.
+
+The event protocol, the log, the signals that end a listener, and commands that run
+beside it without ever touching the protocol. The protocol is described in
+http://supervisord.org/events.html; supervisor/dispatchers.py is its other side.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
+
+Log = Callable[[str], None]
+
+# The most that is kept of what a command prints. `ps` needs about 25 bytes a process.
+OUTPUT_LIMIT_BYTES = 16 * 1024 * 1024
+
+
+class Event(NamedTuple):
+    """An event as supervisord sent it."""
+
+    name: str
+    payload: str
+    server: str     # supervisord's identifier
+    received: float  # seconds since the epoch
+
+
+class ProtocolError(Exception):
+    """What came from supervisord is no event; the message is one line."""
+
+
+class CommandFailed(Exception):
+    """A command did not end well; the message is one line with its status and output."""
+
+
+class Ended(BaseException):
+    """SIGTERM or SIGINT asked the listener to end."""
+
+
+def printable(text: str) -> str:
+    """Return text with an escape for every character that ends a line or can't be shown."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
+
+
+def one_line(text: object) -> str:
+    """Return text as one line that a terminal, a log and a mail header can hold."""
+    return printable(' | '.join(line.strip() for line in str(text).splitlines() if line.strip()))
+
+
+def timestamp(now: float) -> str:
+    """Return seconds since the epoch as local time, as supervisord's own log has it."""
+    return '%s,%03d' % (time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now)), now % 1 * 1000)
+
+
+def make_log(program: str) -> Log:
+    """Return a function that writes a line to stderr, which is the listener's log."""
+    def log(message: str) -> None:
+        line = '%s %s: %s\n' % (timestamp(time.time()), program, one_line(message))
+        try:
+            os.write(2, line.encode('utf-8', 'backslashreplace'))
+        except OSError:
+            pass  # whoever reads the log is gone; the watching goes on
+    return log
+
+
+# Signals. They belong to the process as a whole, so their state is the module's.
+
+_ending = False
+_uninterrupted = False
+
+
+def _end(signum: int, frame: object) -> None:
+    global _ending
+    first, _ending = not _ending, True
+    if first and not _uninterrupted:
+        raise Ended
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the listener only after this block."""
+    global _uninterrupted
+    ending_before = _ending
+    _uninterrupted = True
+    try:
+        yield
+    finally:
+        _uninterrupted = False
+    if _ending and not ending_before:
+        raise Ended
+
+
+# The event protocol.
+
+def parse_tokens(line: str) -> Dict[str, str]:
+    """Return the `name:value` tokens of a header or payload line; a value may hold colons."""
+    return dict(token.split(':', 1) for token in line.split(' ') if ':' in token)
+
+
+def read_event(events: TextIO) -> Optional[Event]:
+    """Read one event; None at the end of input, in the middle of an event too.
+
+    `len` counts characters, not bytes: supervisor/process.py takes it from the text
+    before that is encoded. Raises ProtocolError for a line that is no event's header.
+    """
+    line = events.readline()
+    if not line.endswith('\n'):
+        return None
+    header = parse_tokens(line.strip())
+    length = header.get('len', '')
+    if not (length.isascii() and length.isdigit()):
+        raise ProtocolError("not an event's header, for want of a number after len: %r" % line[:200])
+    payload = events.read(int(length))
+    if len(payload) < int(length):
+        return None
+    return Event(header.get('eventname', ''), payload, header.get('server', ''), time.time())
+
+
+def take_streams() -> Tuple[TextIO, int]:
+    """Return supervisord's events, and the file descriptor for the results.
+
+    From here on they are this process' alone: file descriptor 0 is /dev/null and 1 is
+    the log, so that neither a stray print nor a command can speak to supervisord.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is fd
+    events = os.fdopen(os.dup(0), encoding='utf-8', errors='surrogateescape', newline='\n')
+    results = os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return events, results
+
+
+def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], None]) -> int:
+    """Serve supervisord's events until it goes or a signal asks to end; return the exit status.
+
+    handle is called with every event, before it is acknowledged; finish is called once,
+    at the end.
+    """
+    if 'SUPERVISOR_SERVER_URL' not in os.environ:
+        sys.stderr.write(
+            '%s must be run as a supervisor event listener, from an [eventlistener:x] section '
+            'of a supervisord that has an http server (SUPERVISOR_SERVER_URL is not set); '
+            "to try it from the shell: '%s --once'; the README has examples\n" % (program, program))
+        return 1
+    events, results = take_streams()
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
+    try:
+        while not _ending:  # also where an exception raised by a signal was lost in a destructor
+            os.write(results, b'READY\n')
+            event = read_event(events)
+            if event is None:
+                break
+            handle(event)
+            os.write(results, b'RESULT 2\nOK')
+    except Ended:
+        pass
+    except BrokenPipeError:
+        pass  # supervisord went away while its event was being served
+    except ProtocolError as why:
+        make_log(program)(str(why))
+        return 1
+    finally:
+        _finish(finish)
+    return 0
+
+
+def _finish(finish: Callable[[], None]) -> None:
+    global _ending
+    _ending = True  # a signal from now on finds the listener ending already
+    finish()
+
+
+# Commands.
+
+def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], float],
+                message: bytes = b'', environment: Optional[Dict[str, str]] = None) -> bytes:
+    """Run a command and return what it printed, stdout and stderr together.
+
+    A string is the operator's own shell text; a sequence runs without a shell. message
+    goes to its stdin, and need not be read. seconds_left is asked again and again while
+    the command runs; when there are none, the command and all it started are killed.
+    The command has ended when its own process has, even where a child of it lives on.
+    Raises CommandFailed.
+    """
+    import subprocess
+
+    name = command if isinstance(command, str) else ' '.join(command)
+    try:
+        process = subprocess.Popen(
+            command, shell=isinstance(command, str), env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except (OSError, ValueError) as why:  # ValueError: a null byte in the command
+        raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
+    failure = ''
+    unsent: Optional[bytes] = message
+    try:
+        while True:
+            try:
+                output = process.communicate(unsent, max(0.0, min(seconds_left(), 0.1)))[0]
+                break
+            except subprocess.TimeoutExpired as unfinished:
+                unsent = None  # communicate remembers what it has yet to send
+                output = unfinished.output or b''
+                if process.poll() is not None:
+                    break
+                if len(output) > OUTPUT_LIMIT_BYTES:
+                    failure = 'printed more than %d bytes' % OUTPUT_LIMIT_BYTES
+                    break
+                if seconds_left() <= 0:
+                    failure = 'did not end in time'
+                    break
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for pipe in filter(None, (process.stdin, process.stdout)):
+            pipe.close()
+    if process.returncode and not failure:
+        failure = ('exit status %d' % process.returncode if process.returncode > 0
+                   else 'killed by signal %d' % -process.returncode)
+    if failure:
+        said = one_line(output[-2000:].decode('utf-8', 'replace'))
+        raise CommandFailed('%s: %s%s' % (name, failure, ': ' + said if said else ''))
+    return output

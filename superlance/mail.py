@@ -1,0 +1,294 @@
+"""Mail: a message is composed, and an outbox sends it by sendmail or SMTP until it has gone.
+
+The outbox works on a thread of its own, so that no event ever waits for a mail.
+"""
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Callable, Deque, Mapping, NamedTuple, Optional, Tuple, Union
+
+from superlance.listener import CommandFailed, Log, one_line, printable, run_command
+from superlance.options import Given, Option, parse_address, parse_addresses, parse_text, without_password
+
+if TYPE_CHECKING:
+    from email.message import EmailMessage
+
+SENDMAIL = '/usr/sbin/sendmail -t -i'
+
+SEND_TIMEOUT_SECONDS = 60
+FIRST_RETRY_SECONDS = 10
+LAST_RETRY_SECONDS = 600
+KEEP_SECONDS = 24 * 3600
+KEEP_MAILS = 1000
+CLOSE_SECONDS = 5
+LINE_LIMIT_BYTES = 998  # RFC 5322, 2.1.1
+
+
+class SmtpServer(NamedTuple):
+    """A mail server as --smtp names it."""
+
+    host: str
+    port: int
+    tls: bool       # from the first byte; else STARTTLS where it is offered
+    user: str
+    password: str
+
+
+class Settings(NamedTuple):
+    """To whom mail goes, and how; no recipients: no mail."""
+
+    recipients: Tuple[str, ...]
+    sendmail: str
+    smtp: Optional[SmtpServer]
+    sender: Optional[str]
+
+
+class SendFailed(Exception):
+    """A mail could not be sent; the message is one line."""
+
+
+class Mail(NamedTuple):
+    """A mail that waits."""
+
+    subject: str
+    body: str
+    server: str     # supervisord's identifier, or ''
+    written: float  # epoch seconds
+    queued: float   # by the outbox' clock
+
+
+def parse_smtp(text: str) -> SmtpServer:
+    """Return the SmtpServer for smtp://[user[:password]@]host[:port] or smtps://..."""
+    from urllib.parse import unquote, urlsplit
+
+    wrong = ValueError('%r is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...'
+                       % without_password(text))
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        raise wrong
+    if url.scheme not in ('smtp', 'smtps') or not url.hostname or port == 0 or not text.isprintable() \
+            or url.path.strip('/') or url.query or url.fragment:
+        raise wrong
+    tls = url.scheme == 'smtps'
+    return SmtpServer(url.hostname, port or (465 if tls else 25), tls, unquote(url.username or ''),
+                      unquote(url.password or '') or os.environ.get('SUPERLANCE_SMTP_PASSWORD', ''))
+
+
+OPTIONS = (
+    Option('m', 'email', parse_addresses),
+    Option('s', 'sendmail_program', parse_text),
+    Option('', 'smtp', parse_smtp),
+    Option('', 'from', parse_address),
+)
+
+
+def read_settings(given: Given) -> Settings:
+    """Return the mail settings among the options that were given."""
+    recipients = tuple(address for addresses in given.all('email') for address in addresses)
+    return Settings(recipients, given.last('sendmail_program', SENDMAIL), given.last('smtp'), given.last('from'))
+
+
+def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
+    """Return the message for a mail."""
+    from email.message import EmailMessage
+    from email.utils import formatdate, make_msgid
+    from socket import gethostname
+
+    host = gethostname()
+    message = EmailMessage()
+    message['To'] = ', '.join(settings.recipients)
+    sender = settings.sender or ('%s@%s' % (program, host) if settings.smtp else None)
+    if sender:
+        message['From'] = sender
+    message['Subject'] = one_line(mail.subject)
+    message['Date'] = formatdate(mail.written, localtime=True)
+    message['Message-ID'] = make_msgid(domain=host)
+    message['Auto-Submitted'] = 'auto-generated'
+    lines = [printable(line.expandtabs().rstrip()) for line in mail.body.split('\n')]
+    origin = '%s on %s' % (program, host)
+    if mail.server:
+        origin += ', supervisor %s' % one_line(mail.server)
+    text = '\n'.join(lines).rstrip('\n') + '\n\n-- \n' + origin + '\n'
+    readable = all(len(line.encode('utf-8')) <= LINE_LIMIT_BYTES for line in lines)
+    message.set_content(text, cte='quoted-printable' if not readable else '7bit' if text.isascii() else '8bit')
+    return message
+
+
+def send(settings: Settings, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
+    """Send a message; return what the mail command or server said. Raises SendFailed."""
+    if settings.smtp:
+        return _send_by_smtp(settings.smtp, message, seconds_left)
+    try:
+        output = run_command(settings.sendmail, seconds_left, message.as_bytes())
+    except CommandFailed as why:
+        raise SendFailed(str(why))
+    return one_line(output.decode('utf-8', 'replace'))
+
+
+def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
+    import smtplib
+    import ssl
+
+    local = _is_loopback(server.host)
+    context = ssl.create_default_context()
+    if local or not (server.tls or server.user):
+        # Nothing secret is sent, or not over a network: TLS that can't be verified beats none.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    timeout = max(0.1, seconds_left())
+    try:
+        with (smtplib.SMTP_SSL(server.host, server.port, timeout=timeout, context=context) if server.tls
+              else smtplib.SMTP(server.host, server.port, timeout=timeout)) as smtp:
+            smtp.ehlo_or_helo_if_needed()
+            encrypted = server.tls
+            if not encrypted and smtp.has_extn('starttls'):
+                smtp.starttls(context=context)
+                encrypted = True
+            if server.user:
+                if not (encrypted or local):
+                    raise SendFailed('%s offers no STARTTLS, and the password is not sent without'
+                                     % server.host)
+                smtp.login(server.user, server.password)
+            refused = smtp.send_message(message)
+    except smtplib.SMTPRecipientsRefused as why:
+        raise SendFailed('%s: %s' % (server.host, _describe_refused(why.recipients)))
+    except smtplib.SMTPResponseException as why:
+        raise SendFailed('%s: %s' % (server.host, _describe_answer(why.smtp_code, why.smtp_error)))
+    except (OSError, ValueError) as why:  # ValueError: what smtplib can't put into its protocol
+        raise SendFailed('%s:%d: %s' % (server.host, server.port, one_line(why) or type(why).__name__))
+    return _describe_refused(refused)
+
+
+def _describe_refused(refused: Mapping[str, Tuple[int, bytes]]) -> str:
+    return ', '.join('%s was refused: %s' % (address, _describe_answer(*answer))
+                     for address, answer in refused.items())
+
+
+def _describe_answer(code: int, text: Union[bytes, str]) -> str:
+    return '%d %s' % (code, one_line(text.decode('utf-8', 'replace') if isinstance(text, bytes) else text))
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether every address of host is this machine's own."""
+    from ipaddress import ip_address
+    from socket import getaddrinfo
+
+    try:
+        found = {str(address[0]).partition('%')[0] for *_, address in getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ip_address(address).is_loopback for address in found)
+
+
+class Outbox:
+    """Sends mails one at a time on a thread of its own, and tries again what could not be sent.
+
+    A new mail is tried at once. When one has gone, those that failed before are tried
+    too; when none goes, one of them is tried after 10 s, then 20 s, and so on to 10 minutes.
+    """
+
+    def __init__(self, settings: Settings, program: str, log: Log,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._program = program
+        self._log = log
+        self._clock = clock
+        self._thread: Optional[threading.Thread] = None
+        # All that follows is guarded by this.
+        self._changed = threading.Condition()
+        self._fresh: Deque[Mail] = deque()
+        self._failed: Deque[Mail] = deque()
+        self._sending: Optional[Mail] = None
+        self._retry_at = math.inf
+        self._retry_seconds = FIRST_RETRY_SECONDS
+        self._end_at = math.inf
+        self._last_tries = 0
+
+    def put(self, subject: str, body: str, server: str = '') -> None:
+        """Send a mail as soon as may be; server is supervisord's identifier. Never waits."""
+        if not self._settings.recipients:
+            return
+        with self._changed:
+            self._fresh.append(Mail(subject, body, server, time.time(), self._clock()))
+            if len(self._fresh) + len(self._failed) > KEEP_MAILS:
+                self._drop((self._failed or self._fresh).popleft(), 'more than %d mails wait' % KEEP_MAILS)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name='outbox', daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Give all that waits one last try, for 5 s at most, and tell what is left."""
+        if self._thread is None:
+            return
+        with self._changed:
+            self._end_at = self._clock() + CLOSE_SECONDS
+            self._last_tries = len(self._failed)
+            self._changed.notify()
+        self._thread.join(CLOSE_SECONDS + 1)
+        with self._changed:
+            for mail in filter(None, (self._sending, *self._failed, *self._fresh)):
+                self._drop(mail, '%s ends' % self._program)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                retried = self._wait_for_next()
+                if self._sending is None:
+                    return
+                mail = self._sending
+            failure = self._try(mail)
+            with self._changed:
+                self._sending = None
+                if not failure:
+                    self._retry_seconds = FIRST_RETRY_SECONDS
+                    self._retry_at = self._clock() if self._failed else math.inf
+                    continue
+                self._failed.append(mail)
+                if retried:
+                    self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
+                    self._retry_at = math.inf
+                self._retry_at = min(self._retry_at, self._clock() + self._retry_seconds)
+
+    def _wait_for_next(self) -> bool:
+        """Make the next mail the one that is being sent, none at the end; return whether it's a retry."""
+        while True:
+            now = self._clock()
+            for mail in [m for m in self._failed if now - m.queued > KEEP_SECONDS]:
+                self._failed.remove(mail)
+                self._drop(mail, 'it could not be sent for %d hours' % (KEEP_SECONDS // 3600))
+            ending = self._end_at < math.inf
+            if now >= self._end_at:
+                return False
+            if self._fresh:
+                self._sending = self._fresh.popleft()
+                return False
+            if self._failed and (self._last_tries > 0 if ending else now >= self._retry_at):
+                self._last_tries -= 1
+                self._sending = self._failed.popleft()
+                return True
+            if ending:
+                return False
+            self._changed.wait(max(0.0, self._retry_at - now) if self._failed else None)
+
+    def _try(self, mail: Mail) -> str:
+        """Send a mail; return why that failed, or ''."""
+        started = self._clock()
+        try:
+            said = send(self._settings, compose(self._settings, self._program, mail),
+                        lambda: min(started + SEND_TIMEOUT_SECONDS, self._end_at) - self._clock())
+        except SendFailed as why:
+            self._log('unable to send mail "%s", which is kept and tried again: %s' % (mail.subject, why))
+            return str(why)
+        self._log('sent mail "%s" to %s%s' % (mail.subject, ', '.join(self._settings.recipients),
+                                              ': ' + said if said else ''))
+        return ''
+
+    def _drop(self, mail: Mail, reason: str) -> None:
+        self._log('dropped mail "%s": %s' % (mail.subject, reason))

@@ -1,0 +1,214 @@
+"""What the three listeners share of their command lines.
+
+Each script lists its options in a table; getopt reads them, and a bad one becomes one
+line on stderr that says what would be right.
+"""
+from __future__ import annotations
+
+import getopt
+import os
+import sys
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from superlance import __version__
+from superlance.listener import one_line
+
+SIZE_UNITS = {'': 1, 'K': 1024, 'M': 1024 ** 2, 'G': 1024 ** 3, 'T': 1024 ** 4}
+TIME_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
+
+
+class UsageError(Exception):
+    """A command line that can't be meant; the message is one line."""
+
+
+class Option(NamedTuple):
+    """One option: its letter (or ''), its long name, and how its value is read.
+
+    read turns the value's text into the value, or raises a ValueError that says what
+    would be right; without it the option takes no value.
+    """
+
+    letter: str
+    name: str
+    read: Optional[Callable[[str], Any]] = None
+
+
+class Given:
+    """The options that were given, by their long names."""
+
+    def __init__(self) -> None:
+        self._values: Dict[str, List[Any]] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        self._values.setdefault(name, []).append(value)
+
+    def all(self, name: str) -> List[Any]:
+        return self._values.get(name, [])
+
+    def last(self, name: str, default: Any = None) -> Any:
+        return self.all(name)[-1] if name in self else default
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+
+def read_argv(argv: Sequence[str], table: Sequence[Option]) -> Tuple[Given, List[str]]:
+    """Return the options in argv and the arguments that are none. Raises UsageError."""
+    letters = ''.join(o.letter + (':' if o.read else '') for o in table if o.letter)
+    names = [o.name + ('=' if o.read else '') for o in table]
+    try:
+        pairs, arguments = getopt.gnu_getopt(list(argv), letters, names)
+    except getopt.error as why:
+        raise UsageError(str(why))
+    given = Given()
+    for flag, text in pairs:
+        option = next(o for o in table if flag in ('-' + o.letter, '--' + o.name))
+        if option.read is None:
+            given.add(option.name, True)
+            continue
+        try:
+            given.add(option.name, option.read(text))
+        except ValueError as why:
+            raise UsageError('option %s: %s' % (flag, why))
+    return given, arguments
+
+
+def command(program: str, usage: str, table: Sequence[Option],
+            build: Callable[[Given, List[str]], Any], run: Callable[[Any], int],
+            argv: Optional[Sequence[str]]) -> int:
+    """Read a command line, run what it asks for and return the exit status.
+
+    build makes the script's own options of those given; it and run may raise UsageError.
+    """
+    if argv is None:
+        # supervisord passes UTF-8, and the locale here may be another.
+        argv = [os.fsencode(text).decode('utf-8', 'surrogateescape') for text in sys.argv[1:]]
+    try:
+        given, arguments = read_argv(argv, table)
+        if 'help' in given:
+            sys.stdout.write(usage)
+            return 0
+        if 'version' in given:
+            print(program, __version__)
+            return 0
+        return run(build(given, arguments))
+    except UsageError as why:
+        sys.stderr.write("%s: %s; try '%s --help'\n" % (program, one_line(why), program))
+        return 2
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for `200MB`, `1.5g` or `4096`; units are of 1024."""
+    number = text.strip().upper()
+    if number.endswith('B'):
+        number = number[:-1]
+    unit = number[-1:] if number[-1:] in SIZE_UNITS else ''
+    return int(_parse_number(
+        text, number[:len(number) - len(unit)], 'is not a size; write bytes, or a number with '
+        'KB, MB, GB or TB, as in 200MB') * SIZE_UNITS[unit])
+
+
+def parse_time(text: str) -> float:
+    """Return seconds for `90`, `90s`, `1.5m`, `2h` or `1d`."""
+    number = text.strip().lower()
+    unit = number[-1:] if number[-1:] in TIME_UNITS else ''
+    return _parse_number(
+        text, number[:len(number) - len(unit)], 'is not a time; write seconds, or a number with '
+        's, m, h or d, as in 10m') * TIME_UNITS[unit]
+
+
+def _parse_number(text: str, number: str, complaint: str) -> float:
+    number = number.strip()
+    digits = number.replace('.', '', 1)
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 15:
+        raise ValueError('%r %s' % (text, complaint))
+    return float(number)
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number from 1."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
+        raise ValueError('%r is not a count; write a whole number from 1' % text)
+    return int(text)
+
+
+def parse_timeout(text: str) -> float:
+    """Return seconds, more than none."""
+    seconds = parse_time(text)
+    if seconds <= 0:
+        raise ValueError('%r is no time to wait; write more than 0 seconds' % text)
+    return seconds
+
+
+class Rate(NamedTuple):
+    """So many times within so many seconds."""
+
+    times: int
+    seconds: float
+
+
+def parse_rate(text: str) -> Rate:
+    """Return the Rate for `3/1h`."""
+    times, slash, period = text.partition('/')
+    if not slash:
+        raise ValueError('%r is not a number within a time; write N/TIME, as in 3/1h' % text)
+    return Rate(parse_count(times), parse_timeout(period))
+
+
+def parse_addresses(text: str) -> Tuple[str, ...]:
+    """Return the mail addresses in a text that may hold several with commas."""
+    addresses = []
+    start, quoted = 0, False
+    for position, character in enumerate(text + ','):
+        if character == '"':
+            quoted = not quoted
+        elif character == ',' and not quoted:
+            addresses.append(text[start:position].strip())
+            start = position + 1
+    for address in addresses or [text]:
+        local, at, domain = address.rstrip('>').rpartition('@')
+        if not (address.isascii() and address.isprintable() and address) or (at and not (local and domain)):
+            raise ValueError('%r is not a mail address; write one, as in bob@example.com, '
+                             'or several with commas' % text)
+    return tuple(addresses)
+
+
+def parse_address(text: str) -> str:
+    """Return the one mail address in text."""
+    addresses = parse_addresses(text)
+    if len(addresses) != 1:
+        raise ValueError('%r is more than one mail address' % text)
+    return addresses[0]
+
+
+def without_password(url: str) -> str:
+    """Return url with *** for its password, if it has one."""
+    scheme, separator, rest = url.partition('://')
+    authority = rest.split('/')[0].split('?')[0].split('#')[0]
+    user, at, host = authority.rpartition('@')
+    name, colon, _ = user.partition(':')
+    if not colon:
+        return url
+    return scheme + separator + name + ':***@' + host + rest[len(authority):]
+
+
+def parse_text(text: str) -> str:
+    """Return text that is not empty."""
+    if not text:
+        raise ValueError('an empty text; write at least a character')
+    return text
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
+COMMON = (
+    Option('', 'once'),
+    Option('', 'configuration', parse_text),
+    Option('h', 'help'),
+    Option('', 'version'),
+)

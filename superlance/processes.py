@@ -1,0 +1,439 @@
+"""Which process a name means, and how one is stopped and started so that it never stays down.
+
+supervisord is asked through supervisor.childutils, which is imported when it is first
+needed: it costs 15 MB and 40 ms.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
+
+from superlance.listener import Event, Log, parse_tokens, uninterrupted
+from superlance.options import Rate, UsageError
+
+# supervisor/states.py
+STOPPED, STARTING, RUNNING, BACKOFF = 0, 10, 20, 30
+STOPPING, EXITED, FATAL, UNKNOWN = 40, 100, 200, 1000
+
+# One call; a stop or start that takes longer is followed by looking, see Restarter.
+CALL_TIMEOUT_SECONDS = 30
+# How long a restart whose answer was lost is followed before it is left to the next tick.
+FOLLOW_SECONDS = 60
+LOST_CALLS = 3
+
+
+class CantTell(Exception):
+    """Something could not be found out, which is not the same as bad; the message is one line."""
+
+
+class Refused(Exception):
+    """supervisord answered that it won't; `fault` is the name of one of supervisor.xmlrpc.Faults."""
+
+    def __init__(self, fault: str, text: str) -> None:
+        super().__init__(text)
+        self.fault = fault
+
+
+class Process(NamedTuple):
+    """A process as supervisord describes it; times are supervisord's, in epoch seconds."""
+
+    group: str
+    program: str
+    pid: int
+    state: int
+    state_name: str
+    start: int
+    now: int
+    spawn_error: str
+
+    @property
+    def namespec(self) -> str:
+        """The name that means this process to supervisord."""
+        return '%s:%s' % (self.group, self.program)
+
+    @property
+    def title(self) -> str:
+        """The name that supervisorctl shows to people."""
+        return self.program if self.group == self.program else self.namespec
+
+    @property
+    def uptime_seconds(self) -> int:
+        return max(0, self.now - self.start)
+
+
+class Name(NamedTuple):
+    """What -p names: a program in any group, in one group, or all of a group."""
+
+    group: Optional[str]
+    program: Optional[str]
+
+    def means(self, group: str, program: str) -> bool:
+        return self.group in (None, group) and self.program in (None, program)
+
+    def __str__(self) -> str:
+        return ':'.join(filter(None, (self.group, self.program or '*')))
+
+
+EVERY = Name(None, None)
+
+
+def parse_name(text: str) -> Name:
+    """Return the Name for `program`, `group:program` or `group:*`."""
+    parts = text.strip().split(':')
+    if len(parts) == 1 and parts[0] and parts[0] != '*':
+        return Name(None, parts[0])
+    if len(parts) == 2 and parts[0]:
+        return Name(parts[0], None if parts[1] in ('', '*') else parts[1])
+    raise ValueError('%r is not a process name; write program, group:program or group:*' % text)
+
+
+def find_unmatched(names: Iterable[Name], processes: Iterable[Process]) -> List[str]:
+    """Return a line for each name that means no process."""
+    known = [(p.group, p.program) for p in processes]
+    lines = []
+    for name in names:
+        if not any(name.means(*pair) for pair in known):
+            hint = ''
+            if name.group is None and any(group == name.program for group, _ in known):
+                hint = '; there is a group of that name: for all its processes, write %s:*' % name.program
+            lines.append('no process is called %s%s' % (name, hint))
+    return lines
+
+
+class Supervisor:
+    """supervisord's XML-RPC interface, as far as the listeners need it.
+
+    Every call is a fresh connection: one that was kept may be gone after an hour.
+    Raises CantTell where there is no answer, Refused where the answer is no.
+    """
+
+    def __init__(self, environment: Mapping[str, str], timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
+        self._environment = environment
+        self._timeout_seconds = timeout_seconds
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        import socket
+        from http.client import HTTPException
+        from xml.parsers.expat import ExpatError
+        from xmlrpc.client import Error, Fault, ProtocolError
+        from supervisor.childutils import getRPCInterface
+        from supervisor.xmlrpc import Faults, getFaultDescription
+
+        url = self._environment.get('SUPERVISOR_SERVER_URL', '')
+        # Both kinds of supervisor's connections take their timeout from here.
+        socket.setdefaulttimeout(self._timeout_seconds)
+        try:
+            proxy = getRPCInterface(self._environment)
+            try:
+                return getattr(proxy.supervisor, method)(*arguments)
+            finally:
+                proxy('close')()
+        except Fault as why:
+            if why.faultCode == Faults.UNKNOWN_METHOD:
+                raise CantTell('supervisord at %s has no interface for this: supervisord.conf needs an '
+                               '[rpcinterface:supervisor] section' % url)
+            raise Refused(getFaultDescription(why.faultCode), why.faultString)
+        except ProtocolError as why:
+            if why.errcode == 401:
+                raise CantTell('supervisord at %s asks for a user name and password (401): set '
+                               'SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD by environment= in the '
+                               "listener's section" % url)
+            raise CantTell('supervisord at %s answers %s to %s: %s' % (url, why.errcode, method, why.errmsg))
+        except PermissionError:
+            raise CantTell("supervisord's socket %s may not be opened by user %d: see chmod and chown in "
+                           '[unix_http_server], or user in the listener\'s section' % (url, os.getuid()))
+        except (OSError, HTTPException, ExpatError, Error, ValueError) as why:
+            raise CantTell('supervisord at %s does not answer %s: %s'
+                           % (url, method, getattr(why, 'strerror', None) or str(why) or type(why).__name__))
+
+    def get_processes(self) -> List[Process]:
+        return [make_process(info) for info in self.call('getAllProcessInfo')]
+
+    def get_process(self, namespec: str) -> Process:
+        return make_process(self.call('getProcessInfo', namespec))
+
+
+def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]) -> Supervisor:
+    """Return the Supervisor for a look by hand: that of a configuration file if one is named,
+    that whose environment this is, or the one that supervisorctl would talk to.
+
+    Raises UsageError where the configuration can't be read.
+    """
+    if configuration is None and 'SUPERVISOR_SERVER_URL' in environment:
+        return Supervisor(environment)
+    import io
+    from supervisor.options import ClientOptions
+
+    client = ClientOptions()
+    client.stderr = io.StringIO()
+    try:
+        client.realize(['-c', configuration] if configuration else [], doc='', progname='supervisorctl')
+    except SystemExit:
+        raise UsageError('option --configuration: %s' % client.stderr.getvalue().partition('\n')[0])
+    section = client.configroot.supervisorctl
+    return Supervisor({'SUPERVISOR_SERVER_URL': section.serverurl or 'http://localhost:9001',
+                       'SUPERVISOR_USERNAME': section.username or '',
+                       'SUPERVISOR_PASSWORD': section.password or ''})
+
+
+def make_process(info: Mapping[str, Any]) -> Process:
+    """Return the Process for supervisor's info structure."""
+    return Process(info['group'], info['name'], info['pid'], info['state'], info['statename'],
+                   info['start'], info['now'], info.get('spawnerr') or '')
+
+
+class NameCheck:
+    """Tells once of each name that means no process."""
+
+    RETRY_SECONDS = 60
+
+    def __init__(self, names: Iterable[Name], supervisor: Supervisor, log: Log) -> None:
+        self._names = list(names)
+        self._supervisor = supervisor
+        self._log = log
+        self._next_try = 0.0
+
+    def check(self, processes: Iterable[Process]) -> None:
+        for line in find_unmatched(self._names, processes):
+            self._log(line)
+        self._names = []
+
+    def check_in_child(self) -> None:
+        """Ask supervisord, in a child that takes the 15 MB this needs with it when it ends."""
+        if not self._names or time.monotonic() < self._next_try:
+            return
+        self._next_try = time.monotonic() + self.RETRY_SECONDS
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                signal.alarm(5)
+                self.check(self._supervisor.get_processes())
+                status = 0
+            except (CantTell, Refused):
+                pass
+            finally:
+                os._exit(status)
+        if os.waitpid(child, 0)[1] == 0:
+            self._names = []
+
+
+# What became of a restart.
+
+RESTARTED = 'restarted'
+STOP_FAILED = 'failed to stop'
+START_FAILED = 'failed to start'
+LEFT_ALONE = 'left alone'       # it is not the process that was judged, or it is somebody else's
+HELD_BACK = 'held back'         # it has been restarted too often
+DRY_RUN = 'dry run'
+
+
+# What the subject of a mail says of them. LEFT_ALONE is logged only.
+SUBJECTS = {
+    RESTARTED: 'process %s restarted',
+    STOP_FAILED: 'failed to stop process %s',
+    START_FAILED: 'failed to start process %s',
+    HELD_BACK: 'process %s left alone',
+    DRY_RUN: 'dry run: process %s not restarted',
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a process, and a line that says so."""
+
+    process: Process
+    result: str
+    text: str
+
+
+# What to do next about a process that was stopped here.
+
+LOOK = 'look'
+START = 'start'
+WAIT = 'wait'
+RUNS = 'runs'
+FAILED = 'failed'
+LEAVE = 'leave'
+UNTOUCHED = 'untouched'
+
+
+def judge_stopped(judged: Process, current: Process) -> str:
+    """Return what to do about a process that was stopped here, from what it is now.
+
+    A start time other than the judged one means that it has been started since, by a
+    call of ours whose answer was lost or by somebody: where it is stopped all the same,
+    somebody stopped it. supervisord gives up a process (FATAL) only after a start.
+    """
+    if current.state == RUNNING:
+        return UNTOUCHED if current.pid == judged.pid else RUNS
+    if current.state in (STARTING, STOPPING):
+        return WAIT
+    if current.state == BACKOFF:
+        return FAILED
+    if current.state == FATAL or (current.state == STOPPED and current.start == judged.start):
+        return START
+    return LEAVE
+
+
+class Restarter:
+    """Restarts processes one after another, and remembers those that it left down.
+
+    tell is called with every Outcome, before a signal can end the listener.
+    """
+
+    def __init__(self, supervisor: Supervisor, tell: Callable[[Outcome], None],
+                 limit: Optional[Rate] = None, dry_run: bool = False,
+                 sleep: Callable[[float], None] = time.sleep,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._supervisor = supervisor
+        self._tell = tell
+        self._limit = limit
+        self._dry_run = dry_run
+        self._sleep = sleep
+        self._clock = clock
+        self._down: Dict[str, Tuple[Process, str]] = {}     # with what was told of it last
+        self._restarts: Dict[str, Deque[float]] = {}
+        self._held_back: Set[str] = set()
+        self._dry_runs: Set[Tuple[str, int]] = set()
+        self._last_end = 0.0
+
+    def is_stale(self, tick: Event) -> bool:
+        """Return whether a tick was sent before the last restart had ended.
+
+        A clock that was set back must not make every tick look stale.
+        """
+        when = parse_tokens(tick.payload).get('when', '').strip()
+        return when.isdecimal() and int(when) < self._last_end <= time.time()
+
+    def restart(self, judged: Process, prepare: Optional[Callable[[Process], None]] = None) -> None:
+        """Stop the process and start it again; in a dry run, say so once for each process and pid.
+
+        prepare is called where the process is really going to be stopped, and may be interrupted.
+        """
+        if self._is_held_back(judged) or (judged.namespec, judged.pid) in self._dry_runs:
+            return
+        if self._dry_run:
+            self._dry_runs.add((judged.namespec, judged.pid))
+            self._finish(Outcome(judged, DRY_RUN, 'dry run: would have restarted %s' % judged.title))
+            return
+        if prepare:
+            changed = self._find_change(judged)
+            if changed:
+                self._tell(changed)
+                return
+            prepare(judged)
+        with uninterrupted():
+            self._finish(self._restart(judged))
+            self._last_end = time.time()
+
+    def _finish(self, outcome: Outcome) -> None:
+        if outcome.result in (RESTARTED, START_FAILED, DRY_RUN):
+            self._restarts.setdefault(outcome.process.namespec, deque()).append(self._clock())
+        self._tell(outcome)
+
+    def retry(self) -> None:
+        """Start again what was left down; a failure is told when its reason is new."""
+        for namespec, (judged, told) in list(self._down.items()):
+            with uninterrupted():
+                outcome = self._bring_back(judged, LOOK)
+                if outcome.result == STOP_FAILED:
+                    del self._down[namespec]
+                elif outcome.text != told:
+                    self._tell(outcome)
+
+    def _is_held_back(self, judged: Process) -> bool:
+        if self._limit is None:
+            return False
+        times = self._restarts.setdefault(judged.namespec, deque())
+        while times and times[0] <= self._clock() - self._limit.seconds:
+            times.popleft()
+        if len(times) < self._limit.times:
+            self._held_back.discard(judged.namespec)
+            return False
+        if judged.namespec not in self._held_back:
+            self._held_back.add(judged.namespec)
+            self._tell(Outcome(judged, HELD_BACK, (
+                'left %s alone: %d restarts within %g s have not helped; find out why, or restart it by '
+                'hand (supervisorctl restart %s); it is watched again in %d s'
+                % (judged.title, self._limit.times, self._limit.seconds, judged.title,
+                   times[0] + self._limit.seconds - self._clock() + 1))))
+        return True
+
+    def _find_change(self, judged: Process) -> Optional[Outcome]:
+        """Return why a process must not be stopped, None if it still is the one that was judged."""
+        try:
+            current = self._supervisor.get_process(judged.namespec)
+        except Refused as why:
+            return Outcome(judged, LEFT_ALONE, 'left %s alone: %s' % (judged.title, why))
+        except CantTell as why:
+            return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
+        if current.pid == judged.pid and current.state != STOPPING:
+            return None
+        return Outcome(judged, LEFT_ALONE, 'left %s alone: it is %s with pid %d now, and pid %d was judged'
+                       % (judged.title, current.state_name, current.pid, judged.pid))
+
+    def _restart(self, judged: Process) -> Outcome:
+        changed = self._find_change(judged)
+        if changed:
+            return changed
+        self._down[judged.namespec] = judged, ''
+        try:
+            self._supervisor.call('stopProcess', judged.namespec)
+        except Refused as why:
+            del self._down[judged.namespec]
+            if why.fault in ('NOT_RUNNING', 'BAD_NAME', 'SHUTDOWN_STATE'):
+                return Outcome(judged, LEFT_ALONE, 'left %s alone: %s' % (judged.title, why))
+            return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
+        except CantTell as why:
+            return self._bring_back(judged, LOOK, str(why))
+        return self._bring_back(judged, START)
+
+    def _bring_back(self, judged: Process, todo: str, trouble: str = '') -> Outcome:
+        """Start a process that was stopped here, unless somebody else has it in hand.
+
+        trouble is what went wrong so far. Where it can't be started now, it is kept for retry.
+        """
+        def settle(result: str, text: str) -> Outcome:
+            del self._down[judged.namespec]
+            return Outcome(judged, result, text % judged.title)
+
+        failed = False
+        lost_calls = 0
+        deadline = self._clock() + FOLLOW_SECONDS
+        while lost_calls < LOST_CALLS and self._clock() < deadline:
+            try:
+                if todo == START:
+                    self._supervisor.call('startProcess', judged.namespec)
+                    return settle(RESTARTED, 'restarted %s')
+                if todo == WAIT:
+                    self._sleep(0.2)
+                current = self._supervisor.get_process(judged.namespec)
+                todo = judge_stopped(judged, current)
+                if todo == RUNS:
+                    return settle(RESTARTED, 'restarted %s')
+                if todo == LEAVE:
+                    return settle(LEFT_ALONE, 'left %%s alone: it is %s by now' % current.state_name)
+                if todo == UNTOUCHED:
+                    # Kept for retry, since the stop may yet be on its way.
+                    return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, trouble))
+                if todo == FAILED or failed:
+                    trouble = ': '.join(filter(None, (trouble, current.spawn_error)))
+                    break
+            except Refused as why:
+                if why.fault in ('BAD_NAME', 'SHUTDOWN_STATE'):
+                    return settle(LEFT_ALONE, 'left %%s alone: %s' % why)
+                if why.fault != 'ALREADY_STARTED':
+                    failed, trouble = True, str(why)
+                todo = LOOK
+            except CantTell as why:
+                lost_calls += 1
+                trouble = str(why)
+                todo = LOOK
+                self._sleep(0.2)
+        outcome = Outcome(judged, START_FAILED, 'failed to start %s: %s; this is tried again at every event'
+                          % (judged.title, trouble or 'it takes more than %d s' % FOLLOW_SECONDS))
+        self._down[judged.namespec] = self._down[judged.namespec][0], outcome.text
+        return outcome

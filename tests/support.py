@@ -1,0 +1,346 @@
+"""The rig that the tests share: a real supervisord, a listener on its own, servers and proxies.
+
+All of it is on loopback or in a temporary folder, and ends with the test that started it.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+
+from supervisor import childutils
+
+TIMEOUT = 30.0
+PYTHON = sys.executable
+COMMANDS = str(Path(PYTHON).parent)     # where the console scripts are
+
+
+def wait_for(condition: Callable[[], Any], what: str = '', timeout: float = TIMEOUT) -> Any:
+    """Return the first true value of condition; fail when there is none in time."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, 'not in time: %s' % (what or condition)
+        time.sleep(0.02)
+
+
+def read(path: Path) -> str:
+    return path.read_text('utf-8', 'replace') if path.exists() else ''
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists and is no zombie."""
+    try:
+        return Path('/proc/%d/stat' % pid).read_text('utf-8', 'replace').rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
+def find_children(pid: int) -> List[int]:
+    """Return the pids of a process' children, zombies too."""
+    children = []
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            fields = stat.read_text('utf-8', 'replace').rpartition(')')[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            children.append(int(stat.parent.name))
+    return children
+
+
+class Listener:
+    """A command as a process of the test's own, which plays supervisord's side of the protocol."""
+
+    def __init__(self, arguments: Sequence[str], environment: Optional[Dict[str, str]] = None,
+                 folder: Optional[Path] = None, **popen: Any) -> None:
+        env = dict(os.environ, SUPERVISOR_SERVER_URL='unix:///nonexistent/supervisor.sock',
+                   SUPERVISOR_GROUP_NAME='listener', SUPERVISOR_PROCESS_NAME='listener')
+        env.update(environment or {})
+        options: Dict[str, Any] = dict(
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=env, cwd=folder)
+        options.update(popen)
+        self.process = subprocess.Popen([PYTHON, '-m', 'superlance.' + arguments[0], *arguments[1:]], **options)
+        self.pid = self.process.pid
+        self._log = b''
+        self._serial = 0
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        if self.process.stderr:
+            self._reader.start()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream:
+                stream.close()
+        if self.process.stderr:
+            self._reader.join(TIMEOUT)
+            self.process.stderr.close()
+
+    def _read_log(self) -> None:
+        assert self.process.stderr
+        while True:
+            chunk = self.process.stderr.read(65536)
+            if not chunk:
+                return
+            self._log += chunk
+
+    @property
+    def log(self) -> str:
+        return self._log.decode('utf-8', 'replace')
+
+    def wait_for_log(self, text: str, timeout: float = TIMEOUT) -> str:
+        wait_for(lambda: text in self.log, 'log %r' % text, timeout)
+        return self.log
+
+    def expect(self, expected: bytes) -> None:
+        """Read just these bytes from the listener's stdout."""
+        assert self.process.stdout
+        got = b''
+        while len(got) < len(expected):
+            chunk = self.process.stdout.read(len(expected) - len(got))
+            assert chunk, 'end of output after %r; log: %s' % (got, self.log)
+            got += chunk
+        assert got == expected, self.log
+
+    def write(self, data: bytes) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(data)
+
+    def send_event(self, name: str, payload: str) -> None:
+        """Write an event as supervisord does, whose len counts characters."""
+        self._serial += 1
+        header = 'ver:3.0 server:supervisor serial:%d pool:listener poolserial:%d eventname:%s len:%d\n' % (
+            self._serial, self._serial, name, len(payload))
+        self.write((header + payload).encode('utf-8'))
+
+    def serve_event(self, name: str, payload: str) -> None:
+        """Wait for READY, send an event, and wait for its acknowledgement."""
+        self.expect(b'READY\n')
+        self.send_event(name, payload)
+        self.expect(b'RESULT 2\nOK')
+
+    def tick(self) -> None:
+        self.serve_event('TICK_5', 'when:%d' % time.time())
+
+    def crash(self, program: str = 'web', group: Optional[str] = None, pid: int = 123, expected: int = 0) -> None:
+        self.serve_event('PROCESS_STATE_EXITED', 'processname:%s groupname:%s from_state:RUNNING expected:%d pid:%d'
+                         % (program, group or program, expected, pid))
+
+    def close(self) -> int:
+        """End the input and return the exit status."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        return self.process.wait(TIMEOUT)
+
+    def terminate(self, signum: int = signal.SIGTERM, timeout: float = TIMEOUT) -> int:
+        self.process.send_signal(signum)
+        return self.process.wait(timeout)
+
+
+class Supervisord:
+    """A real supervisord in a folder, with the programs and listeners of a configuration.
+
+    In the text, %(here)s is the folder, and PYTHON and BIN are the tested Python and its scripts' folder.
+    """
+
+    def __init__(self, folder: Path, sections: str, server: str = '', interface: bool = True, wait: bool = True,
+                 environment: Optional[Dict[str, str]] = None) -> None:
+        self.folder = folder
+        self.socket = folder / 's.sock'
+        self.url = 'unix://%s' % self.socket
+        self.log_path = folder / 'supervisord.log'
+        self.configuration = folder / 'supervisord.conf'
+        parts = ['[supervisord]\nlogfile=%(here)s/supervisord.log\npidfile=%(here)s/supervisord.pid\n'
+                 'childlogdir=%(here)s\nidentifier=testing\nminfds=256\n',
+                 '[unix_http_server]\nfile=%(here)s/s.sock\n' + server,
+                 '[supervisorctl]\nserverurl=unix://%(here)s/s.sock\n']
+        if interface:
+            parts.append('[rpcinterface:supervisor]\n'
+                         'supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n')
+        parts.append(sections.replace('PYTHON', PYTHON).replace('BIN/', COMMANDS + '/'))
+        self.configuration.write_text('\n'.join(parts), 'utf-8')
+        self.process = subprocess.Popen(
+            [PYTHON, '-m', 'supervisor.supervisord', '-n', '-c', str(self.configuration)], cwd=folder,
+            env=dict(os.environ, **(environment or {})), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        self.pid = self.process.pid
+        try:
+            if wait and interface and not server:
+                wait_for(self._answers, 'supervisord: %s' % read(self.log_path))
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Supervisord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End supervisord and all its processes."""
+        children = find_children(self.pid)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for pid in children:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, read(self.log_path)
+        try:
+            return bool(self.rpc.getState())
+        except OSError:
+            return False
+
+    @property
+    def rpc(self) -> Any:
+        return childutils.getRPCInterface({'SUPERVISOR_SERVER_URL': self.url}).supervisor
+
+    @property
+    def environment(self) -> Dict[str, str]:
+        """The environment of a Listener that is to talk to this supervisord."""
+        return {'SUPERVISOR_SERVER_URL': self.url}
+
+    @property
+    def log(self) -> str:
+        return read(self.log_path)
+
+    def info(self, name: str) -> Dict[str, Any]:
+        info: Dict[str, Any] = self.rpc.getProcessInfo(name)
+        return info
+
+    def wait_for_state(self, name: str, state: str = 'RUNNING', timeout: float = TIMEOUT) -> Dict[str, Any]:
+        """Wait until a process is in a state and return its info."""
+        def look() -> Optional[Dict[str, Any]]:
+            info = self.info(name)
+            return info if info['statename'] == state else None
+        found: Dict[str, Any] = wait_for(look, '%s %s' % (name, state), timeout)
+        return found
+
+    def wait_for_restart(self, name: str, pid: int, timeout: float = TIMEOUT) -> Dict[str, Any]:
+        """Wait until a process is RUNNING with another pid and return its info."""
+        def look() -> Optional[Dict[str, Any]]:
+            info = self.info(name)
+            return info if info['statename'] == 'RUNNING' and info['pid'] != pid else None
+        found: Dict[str, Any] = wait_for(look, 'restart of %s' % name, timeout)
+        return found
+
+
+class Proxy:
+    """A unix socket before supervisord's, which can lose a call or its answer.
+
+    rules maps a method name to what happens to its next calls, one word each: 'pass', 'lose call' (it
+    never reaches supervisord), 'lose answer' (it does, the answer is cut off). Further calls pass.
+    """
+
+    def __init__(self, path: Path, target: Path, rules: Dict[str, List[str]]) -> None:
+        self.url = 'unix://%s' % path
+        self.rules = rules
+        self.calls: List[str] = []
+        self._target = str(target)
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(path))
+        self._server.listen(50)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as upstream:
+            upstream.settimeout(TIMEOUT)
+            try:
+                request = b''
+                while b'</methodCall>' not in request:
+                    chunk = client.recv(65536)
+                    if not chunk:
+                        return
+                    request += chunk
+                method = request.partition(b'<methodName>supervisor.')[2].partition(b'<')[0].decode()
+                self.calls.append(method)
+                rule = self.rules[method].pop(0) if self.rules.get(method) else 'pass'
+                if rule == 'lose call':
+                    return
+                upstream.connect(self._target)
+                upstream.sendall(request)
+                while True:
+                    answer = upstream.recv(65536)
+                    if not answer or rule == 'lose answer':
+                        return
+                    client.sendall(answer)
+                    if b'</methodResponse>' in answer:
+                        return
+            except OSError:
+                return
+
+
+def write_script(path: Path, text: str) -> Path:
+    """Write an executable shell script."""
+    path.write_text('#!/bin/sh\n' + text, 'utf-8')
+    path.chmod(0o755)
+    return path
+
+
+@contextmanager
+def serving(handle: Callable[[socket.socket], None], family: int = socket.AF_INET,
+            address: Any = ('127.0.0.1', 0)) -> Iterator[Any]:
+    """Serve each connection with handle on a thread of its own; yield the port, or the path."""
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(address)
+        server.listen(50)
+
+        def serve(client: socket.socket) -> None:
+            with client:
+                try:
+                    handle(client)
+                except OSError:
+                    pass  # the client has gone
+
+        def accept() -> None:
+            while True:
+                try:
+                    client, _ = server.accept()
+                except OSError:
+                    return
+                threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield address if family == socket.AF_UNIX else server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
