@@ -18,8 +18,8 @@ Mail:
   -m, --email=ADDR            to whom; may be repeated or hold several with
                               commas; without it there is the log only
   -o, --optionalheader=TEXT   the subject begins with "TEXT: "
-      --tail=N                the last N lines of the process' stdout and stderr
-                              logs in the mail
+      --tail=N                the last N lines of the process' stdout and
+                              stderr logs in the mail
       --interval=TIME         the first crash is mailed at once, those of the
                               next TIME go together in one mail: seconds, or a
                               number with s, m, h or d

@@ -20,7 +20,7 @@ What a good reply is:
                               (default: 200)
   -b, --body=TEXT             a text that must occur in the body
       --header='NAME: VALUE'  a header to send, Host too; may be repeated
-      --unix-socket=PATH      connect to this socket; the URL gives host and path
+      --unix-socket=PATH      connect to this socket; the URL gives host, path
       --verify                verify the certificate of https
       --cafile=FILE           verify it with the authorities in FILE
 

@@ -11,12 +11,17 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 Log = Callable[[str], None]
 
 # The most that is kept of what a command prints. `ps` needs about 25 bytes a process.
 OUTPUT_LIMIT_BYTES = 16 * 1024 * 1024
+READ_BYTES = 65536  # as much as a pipe holds
+KILL_SECONDS = 1
 
 
 class Event(NamedTuple):
@@ -111,7 +116,7 @@ def read_event(events: TextIO) -> Optional[Event]:
         return None
     header = parse_tokens(line.strip())
     length = header.get('len', '')
-    if not (length.isascii() and length.isdigit()):
+    if not (length.isascii() and length.isdigit() and len(length) < 10):
         raise ProtocolError("not an event's header, for want of a number after len: %r" % line[:200])
     payload = events.read(int(length))
     if len(payload) < int(length):
@@ -154,30 +159,38 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
     events, results = take_streams()
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
+    status = 0
     try:
-        while not _ending:  # also where an exception raised by a signal was lost in a destructor
-            os.write(results, b'READY\n')
-            event = read_event(events)
-            if event is None:
-                break
-            handle(event)
-            os.write(results, b'RESULT 2\nOK')
+        try:
+            _serve(handle, events, results)
+        except BrokenPipeError:
+            pass  # supervisord went away while its event was being served
+        except ProtocolError as why:
+            status = 1
+            make_log(program)(str(why))
+        finally:
+            _stop_raising()
     except Ended:
         pass
-    except BrokenPipeError:
-        pass  # supervisord went away while its event was being served
-    except ProtocolError as why:
-        make_log(program)(str(why))
-        return 1
     finally:
-        _finish(finish)
-    return 0
+        finish()
+    return status
 
 
-def _finish(finish: Callable[[], None]) -> None:
+def _serve(handle: Callable[[Event], None], events: TextIO, results: int) -> None:
+    while not _ending:  # also where an exception raised by a signal was lost in a destructor
+        os.write(results, b'READY\n')
+        event = read_event(events)
+        if event is None:
+            break
+        handle(event)
+        os.write(results, b'RESULT 2\nOK')
+
+
+def _stop_raising() -> None:
+    """Let a signal from now on find the listener ending already."""
     global _ending
-    _ending = True  # a signal from now on finds the listener ending already
-    finish()
+    _ending = True
 
 
 # Commands.
@@ -195,34 +208,21 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
     import subprocess
 
     name = command if isinstance(command, str) else ' '.join(command)
+    # supervisord passes UTF-8, and the locale here may be another.
+    encoded: Union[bytes, Sequence[bytes]] = (
+        _encode(command) if isinstance(command, str) else [_encode(word) for word in command])
     try:
         process = subprocess.Popen(
-            command, shell=isinstance(command, str), env=environment, start_new_session=True,
+            encoded, shell=isinstance(command, str), env=environment, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except (OSError, ValueError) as why:  # ValueError: a null byte in the command
         raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
-    failure = ''
-    unsent: Optional[bytes] = message
+    output = bytearray()
     try:
-        while True:
-            try:
-                output = process.communicate(unsent, max(0.0, min(seconds_left(), 0.1)))[0]
-                break
-            except subprocess.TimeoutExpired as unfinished:
-                unsent = None  # communicate remembers what it has yet to send
-                output = unfinished.output or b''
-                if process.poll() is not None:
-                    break
-                if len(output) > OUTPUT_LIMIT_BYTES:
-                    failure = 'printed more than %d bytes' % OUTPUT_LIMIT_BYTES
-                    break
-                if seconds_left() <= 0:
-                    failure = 'did not end in time'
-                    break
+        failure = _attend(process, message, seconds_left, output)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
         for pipe in filter(None, (process.stdin, process.stdout)):
             pipe.close()
     if process.returncode and not failure:
@@ -231,4 +231,69 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
     if failure:
         said = one_line(output[-2000:].decode('utf-8', 'replace'))
         raise CommandFailed('%s: %s%s' % (name, failure, ': ' + said if said else ''))
-    return output
+    return bytes(output)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode('utf-8', 'surrogateescape')
+
+
+def _attend(process: Popen[bytes], message: bytes, seconds_left: Callable[[], float], output: bytearray) -> str:
+    """Send message and add to output until the process has ended; return why it must be killed, or ''.
+
+    Popen.communicate() is no use here: after a timeout it does not send the rest of the message.
+    """
+    import selectors
+    from select import PIPE_BUF
+    from subprocess import TimeoutExpired
+
+    assert process.stdin and process.stdout
+    unsent = message
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if unsent:
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+        else:
+            process.stdin.close()
+        while True:
+            ended = process.poll() is not None
+            wait_seconds = 0.0 if ended else max(0.0, min(seconds_left(), 0.1))
+            for key, _ in selector.select(wait_seconds) if selector.get_map() else ():
+                if key.fileobj is process.stdout:
+                    chunk = os.read(key.fd, READ_BYTES)
+                    output += chunk
+                    if not chunk:
+                        selector.unregister(process.stdout)
+                else:
+                    try:
+                        unsent = unsent[os.write(key.fd, unsent[:PIPE_BUF]):]
+                    except BrokenPipeError:
+                        unsent = b''  # it does not read it
+                    if not unsent:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+            if ended:
+                return ''  # what it wrote last was in the pipe, and has been read at once
+            if len(output) > OUTPUT_LIMIT_BYTES:
+                return 'printed more than %d bytes' % OUTPUT_LIMIT_BYTES
+            if seconds_left() <= 0:
+                return 'did not end in time'
+            if not selector.get_map():
+                try:
+                    process.wait(wait_seconds)
+                except TimeoutExpired:
+                    pass
+
+
+def _kill(process: Popen[bytes]) -> None:
+    """Kill a command and all it started, and don't wait for one that can't be killed."""
+    from subprocess import TimeoutExpired
+
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except PermissionError:
+        pass  # it has become another user's, as by sudo
+    try:
+        process.wait(KILL_SECONDS)
+    except TimeoutExpired:
+        pass  # it is stuck in the kernel, or another user's; subprocess reaps it after its end

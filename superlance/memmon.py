@@ -1,7 +1,7 @@
 """Usage: memmon [options]
 
-Restarts processes that hold too much memory, and mails when it did. It runs as
-an event listener of supervisor, subscribed to a TICK event:
+Restarts processes that hold too much memory, and mails when it did. It runs
+as an event listener of supervisor, subscribed to a TICK event:
 
     [eventlistener:memmon]
     command=memmon -a 200MB -m bob@example.com
@@ -36,7 +36,7 @@ Mail:
       --from=ADDR             the sender
 
 By hand, and in the log:
-      --once                  print a table of all processes now and do nothing;
+      --once                  print a table of all processes and do nothing;
                               exit status 1 if one is over its limit
       --configuration=FILE    for --once: the supervisord.conf to find
                               supervisord by

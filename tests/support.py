@@ -155,21 +155,23 @@ class Listener:
 class Supervisord:
     """A real supervisord in a folder, with the programs and listeners of a configuration.
 
-    In the text, %(here)s is the folder, and PYTHON and BIN are the tested Python and its scripts' folder.
+    server are further lines of the http server's section; without own_server and interface, the text has
+    the sections for these itself, or does without. In the text, %(here)s is the folder, and PYTHON and BIN are the tested Python and its scripts' folder.
     """
 
-    def __init__(self, folder: Path, sections: str, server: str = '', interface: bool = True, wait: bool = True,
+    def __init__(self, folder: Path, sections: str, server: str = '', interface: bool = True, own_server: bool = True,
                  environment: Optional[Dict[str, str]] = None) -> None:
         self.folder = folder
-        self.socket = folder / 's.sock'
+        self.socket = folder / ('s.sock' if own_server else 'supervisor.sock')
         self.url = 'unix://%s' % self.socket
         self.log_path = folder / 'supervisord.log'
         self.configuration = folder / 'supervisord.conf'
         parts = ['[supervisord]\nlogfile=%(here)s/supervisord.log\npidfile=%(here)s/supervisord.pid\n'
-                 'childlogdir=%(here)s\nidentifier=testing\nminfds=256\n',
-                 '[unix_http_server]\nfile=%(here)s/s.sock\n' + server,
-                 '[supervisorctl]\nserverurl=unix://%(here)s/s.sock\n']
-        if interface:
+                 'childlogdir=%(here)s\nidentifier=testing\nminfds=256\nloglevel=debug\n']
+        if own_server:
+            parts += ['[unix_http_server]\nfile=%(here)s/s.sock\n' + server,
+                      '[supervisorctl]\nserverurl=unix://%(here)s/s.sock\n']
+        if interface and own_server:
             parts.append('[rpcinterface:supervisor]\n'
                          'supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n')
         parts.append(sections.replace('PYTHON', PYTHON).replace('BIN/', COMMANDS + '/'))
@@ -180,7 +182,7 @@ class Supervisord:
             stderr=subprocess.DEVNULL)
         self.pid = self.process.pid
         try:
-            if wait and interface and not server:
+            if interface and own_server and not server:
                 wait_for(self._answers, 'supervisord: %s' % read(self.log_path))
         except BaseException:
             self.stop()
