@@ -47,7 +47,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from superlance import mail
-from superlance.listener import Event, listen, make_log, parse_tokens, timestamp
+from superlance.listener import Event, listen, make_log, parse_tokens, timestamp, uninterrupted
 from superlance.options import COMMON, Given, Option, UsageError, command, parse_count, parse_text, parse_timeout
 from superlance.processes import (
     CantTell, Name, NameCheck, Refused, Supervisor, find_supervisor, make_process, parse_name)
@@ -133,7 +133,7 @@ def find_crash(event: Event) -> Optional[Crash]:
     if 'processname' not in tokens or (event.name == EXITED and tokens.get('expected') != '0'):
         raise ValueError('unable to read a %s event: %r' % (event.name, event.payload[:200]))
     program = tokens['processname']
-    pid = tokens.get('pid', 'unknown') if event.name == EXITED else ''
+    pid = (tokens.get('pid') or 'unknown') if event.name == EXITED else ''
     return Crash(tokens.get('groupname', program), program, pid, tokens.get('from_state', 'unknown'),
                  event.received)
 
@@ -153,7 +153,8 @@ class LastWords:
         self._supervisor = supervisor
         self._lines = lines
         self._paths: Dict[str, Dict[str, str]] = {}     # by namespec and channel; '' for no log
-        self._ends: Dict[str, int] = {}     # of the logs, when a process crashed last
+        # The inode and size that each log had when its process crashed last.
+        self._ends: Dict[str, Tuple[int, int]] = {}
         self._ask_after = 0.0
         try:
             for info in supervisor.call('getAllProcessInfo'):
@@ -165,55 +166,79 @@ class LastWords:
         """Return the lines, or why there are none; takes a few seconds at most."""
         namespec = '%s:%s' % (crash.group, crash.program)
         parts = []
-        try:
-            for channel in ('stdout', 'stderr'):
+        trouble = ''
+        for channel in ('stdout', 'stderr'):
+            try:
                 text = self._read(namespec, channel)
-                if text:
-                    lines = text.rstrip('\n').split('\n')[-self._lines:]
-                    parts.append('\nThe last lines of its %s log:\n%s' % (
-                        channel, '\n'.join('  ' + line for line in lines)))
+            except (CantTell, Refused) as why:
+                trouble = trouble or str(why)
+                continue
+            if text:
+                lines = text.rstrip('\n').split('\n')[-self._lines:]
+                parts.append('\nThe last lines of its %s log:\n%s' % (
+                    channel, '\n'.join('  ' + line for line in lines)))
+        try:
             current = make_process(self._ask('getProcessInfo', namespec))
             if parts and current.pid and str(current.pid) != crash.pid:
                 parts.append('\nIt has been started again since (pid %d); a line at the very end may be of that one.'
                              % current.pid)
         except (CantTell, Refused) as why:
-            parts.append('\nsupervisord can not be asked for more of its log: %s' % why)
+            trouble = trouble or str(why)
+        if trouble:
+            parts.append('\nsupervisord can not be asked for more of its log: %s' % trouble)
         return '\n'.join(parts) or '\nIt has written nothing to a log.'
 
-    def _read(self, namespec: str, channel: str) -> Optional[str]:
-        """Return the end of a log, None if there is none. Raises CantTell and Refused."""
+    def _read(self, namespec: str, channel: str) -> str:
+        """Return the end of a log, '' if there is none. Raises CantTell and Refused."""
+        if namespec not in self._paths:
+            self._add_paths(self._ask('getProcessInfo', namespec))
+        path = self._paths[namespec][channel]
+        if not path:
+            return ''
         try:
-            if namespec not in self._paths:
-                self._add_paths(self._ask('getProcessInfo', namespec))
-            path = self._paths[namespec][channel]
-            if not path:
-                return None
             if os.path.isfile(path):  # and no terminal or pipe, as /dev/stdout is
                 with open(path, 'rb') as file:
-                    end = os.fstat(file.fileno()).st_size
-                    start = self._ends.get(path, 0)
-                    if start > end:
-                        start = 0  # the log was rotated
-                    self._ends[path] = end
-                    file.seek(max(start, end - TAIL_BYTES))
-                    return file.read(min(TAIL_BYTES, end - start)).decode('utf-8', 'replace')
+                    status = os.fstat(file.fileno())
+                    start, end = self._pass_on(path, status.st_ino, status.st_size)
+                    file.seek(start)
+                    return file.read(end - start).decode('utf-8', 'replace')
         except OSError:
             pass  # it may be another user's, and supervisord can read it
-        try:
-            return str(self._ask('readProcess%sLog' % channel.capitalize(), namespec, -TAIL_BYTES, 0))
-        except Refused as why:
-            if why.fault == 'NO_FILE':
-                return None
-            raise
+        return self._ask_for_end(namespec, channel, path)
+
+    def _ask_for_end(self, namespec: str, channel: str, path: str) -> str:
+        """Return the end of a log that supervisord has to read. Raises CantTell and Refused."""
+        size = self._ask('tailProcess%sLog' % channel.capitalize(), namespec, 0, 0)[1]
+        start, end = self._pass_on(path, 0, size)
+        first = start
+        while first < end:
+            try:
+                return str(self._ask('readProcess%sLog' % channel.capitalize(), namespec, first, end - first))
+            except CantTell:
+                # It can't send a text that begins within a character, which has 4 bytes at most.
+                first += 1
+                if first in (start + 4, end):
+                    raise
+        return ''
+
+    def _pass_on(self, path: str, inode: int, size: int) -> Tuple[int, int]:
+        """Return where to read a log from, and to; what was there before is an earlier process'."""
+        inode_before, start = self._ends.get(path, (inode, 0))
+        if inode != inode_before or start > size:
+            start = 0  # the log was rotated
+        self._ends[path] = inode, size
+        return max(start, size - TAIL_BYTES), size
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """Ask supervisord, unless it did not answer a short while ago: events are waiting."""
-        if time.monotonic() < self._ask_after:
+        """Ask supervisord, unless it let a call wait a short while ago: events are waiting."""
+        started = time.monotonic()
+        if started < self._ask_after:
             raise CantTell('supervisord did not answer a short while ago')
         try:
             return self._supervisor.call(method, *arguments)
         except CantTell:
-            self._ask_after = time.monotonic() + TAIL_PAUSE_SECONDS
+            if time.monotonic() > started + TAIL_TIMEOUT_SECONDS / 2:
+                self._ask_after = time.monotonic() + TAIL_PAUSE_SECONDS
             raise
 
     def _add_paths(self, info: Mapping[str, Any]) -> None:
@@ -300,20 +325,25 @@ class Crashmail:
         self._server = ''
 
     def handle(self, event: Event) -> None:
+        # First, before a mail starts the outbox' thread: a child can't import what a thread is importing.
+        self._names.check_in_child()
         try:
             crash = find_crash(event)
         except ValueError as why:
             self._log(str(why))
             return
         if crash and self._is_watched(crash):
-            self._log('%s: %s' % (crash.program, crash.text))
-            self._server = event.server
-            report = Report(crash, self._last_words.fetch(crash) if self._last_words else '')
-            if self._digest:
-                self._digest.add(report)
-            else:
-                self._send([report])
-        self._names.check_in_child()
+            with uninterrupted():
+                self._tell(crash, event.server)
+
+    def _tell(self, crash: Crash, server: str) -> None:
+        self._log('%s: %s' % (crash.program, crash.text))
+        self._server = server
+        report = Report(crash, self._last_words.fetch(crash) if self._last_words else '')
+        if self._digest:
+            self._digest.add(report)
+        else:
+            self._send([report])
 
     def finish(self) -> None:
         if self._digest:

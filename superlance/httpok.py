@@ -86,6 +86,9 @@ GCORE = '/usr/bin/gcore -o'
 GCORE_TIMEOUT_SECONDS = 300
 RETRY_REFUSED_SECONDS = 1
 BODY_LIMIT_BYTES = 1024 * 1024
+PIECE_BYTES = 64 * 1024
+# poll() can't wait for more than 24 days; Python cuts the bits off that are too many for it.
+LONGEST_WAIT_SECONDS = 24 * 3600
 # RFC 9110, 5.6.2
 TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
@@ -107,7 +110,7 @@ class Target(NamedTuple):
 def parse_url(text: str) -> Target:
     """Return the Target for an http or https URL. Raises ValueError."""
     from base64 import b64encode
-    from urllib.parse import quote, unquote, urlsplit
+    from urllib.parse import quote, unquote_to_bytes, urlsplit
 
     shown = without_password(text)
 
@@ -118,8 +121,8 @@ def parse_url(text: str) -> Target:
         raise wrong('has a space or a control character')
     try:
         url = urlsplit(text)
-    except ValueError as why:
-        raise wrong('can not be read: %s' % why)
+    except ValueError:
+        raise wrong('can not be read')  # the reason may hold the password
     if url.scheme not in ('http', 'https'):
         raise wrong('is neither http nor https')
     host = (url.hostname or '').replace('%25', '%')     # the zone of an IPv6 address, RFC 6874
@@ -138,8 +141,8 @@ def parse_url(text: str) -> Target:
             raise wrong('has a host that can not be: %s' % why)
     authorization = None
     if url.username is not None:
-        pair = '%s:%s' % (unquote(url.username), unquote(url.password or ''))
-        authorization = 'Basic ' + b64encode(pair.encode('utf-8')).decode('ascii')
+        pair = b'%s:%s' % (unquote_to_bytes(url.username), unquote_to_bytes(url.password or ''))
+        authorization = 'Basic ' + b64encode(pair).decode('ascii')
     # Letters beyond ASCII are encoded; what is percent-encoded already stays as it is.
     path = quote(url.path or '/', safe="%/:@!$&'()*+,;=~")
     if url.query:
@@ -271,6 +274,10 @@ class Reply(NamedTuple):
     has_text: bool      # the status is good, and the body contains the text of -b if there is one
     seconds: float
 
+    @property
+    def status_line(self) -> str:
+        return ('%d %s' % (self.status, self.reason)).rstrip()
+
 
 class Deadline:
     """The end of a check."""
@@ -284,7 +291,7 @@ class Deadline:
         left = self._end - time.monotonic()
         if left <= 0:
             raise CheckFailed('no complete reply within %g s' % self._seconds)
-        return left
+        return min(left, LONGEST_WAIT_SECONDS)
 
     def seconds_taken(self) -> float:
         return time.monotonic() - self._end + self._seconds
@@ -332,32 +339,37 @@ class Resolver:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:
             pass  # it is a name
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._look_up, args=(host, port), daemon=True)
-            self._thread.start()
-        self._thread.join(deadline.seconds_left())
-        if self._thread.is_alive():
-            raise CheckFailed('the address of %s was not found in time' % host)
-        self._thread = None
-        if isinstance(self._answer, OSError):
-            raise self._answer
-        return self._answer
+        while True:
+            is_earlier = self._thread is not None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look_up, args=(host, port), daemon=True)
+                self._thread.start()
+            self._thread.join(deadline.seconds_left())
+            if self._thread.is_alive():
+                raise CheckFailed('the address of %s was not found in time' % host)
+            self._thread = None
+            if not isinstance(self._answer, OSError):
+                return self._answer
+            if not is_earlier:
+                raise self._answer
+            # What made an earlier check's lookup fail may be over.
 
     def _look_up(self, host: str, port: int) -> None:
         try:
             self._answer = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as why:
             self._answer = why
-        except UnicodeError as why:
-            self._answer = OSError(str(why))
 
 
 def connect(options: Options, resolver: Resolver, deadline: Deadline) -> socket.socket:
-    """Return a connected socket; a refused connection is tried again until the deadline."""
+    """Return a connected socket; a refused connection is tried again until the deadline.
+
+    A unix socket also refuses where its file is not there yet, or its queue is full for a moment.
+    """
     while True:
         try:
             return _connect_once(options, resolver, deadline)
-        except (ConnectionRefusedError, FileNotFoundError) as why:     # of the latter kind: a unix socket
+        except (ConnectionRefusedError, FileNotFoundError, BlockingIOError) as why:
             refused = why
         try:
             time.sleep(min(RETRY_REFUSED_SECONDS, deadline.seconds_left()))
@@ -374,16 +386,24 @@ def _connect_once(options: Options, resolver: Resolver, deadline: Deadline) -> s
         addresses = [(family, address) for family, _, _, _, address in found]
     failures: List[OSError] = []
     for position, (family, address) in enumerate(addresses):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        # One address that swallows packets must not use up the time of the others.
+        seconds = deadline.seconds_left() / (len(addresses) - position)
         try:
-            # One address that swallows packets must not use up the time of the others.
-            sock.settimeout(deadline.seconds_left() / (len(addresses) - position))
-            sock.connect(address)
-            return sock
+            return _open_socket(family, address, seconds)
         except OSError as why:
-            sock.close()
             failures.append(why)
     raise next((why for why in failures if isinstance(why, ConnectionRefusedError)), failures[-1])
+
+
+def _open_socket(family: int, address: Any, timeout_seconds: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_seconds)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def fetch(options: Options, resolver: Resolver) -> Reply:
@@ -398,9 +418,10 @@ def fetch(options: Options, resolver: Resolver) -> Reply:
                 sock.settimeout(deadline.seconds_left())
                 sock = options.tls_context.wrap_socket(sock, server_hostname=target.host)
             with sock:
-                connection = HTTPConnection(target.host)
+                # Without a port, http.client would look for one in an IPv6 address.
+                connection = HTTPConnection(target.host, target.port)
                 connection.sock = BoundedSocket(sock, deadline)
-                connection.putrequest('GET', target.path, skip_host=True)
+                connection.putrequest('GET', target.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in make_headers(options):
                     connection.putheader(name, value.encode('utf-8'))
                 connection.endheaders()
@@ -410,13 +431,24 @@ def fetch(options: Options, resolver: Resolver) -> Reply:
     except socket.timeout:
         raise CheckFailed('no complete reply within %g s' % options.timeout_seconds)
     except (OSError, HTTPException, ValueError) as why:
-        raise CheckFailed('no reply: %s' % one_line(getattr(why, 'strerror', None) or why or type(why).__name__))
+        raise CheckFailed('no reply: %s' % describe_failure(why))
+
+
+def describe_failure(why: Exception) -> str:
+    """Return in a line why there is no reply; what came in its place may be long, or anything."""
+    from http.client import BadStatusLine, IncompleteRead, UnknownProtocol
+
+    if isinstance(why, IncompleteRead):
+        return 'the body ended early'
+    if isinstance(why, (BadStatusLine, UnknownProtocol)) and not isinstance(why, OSError):
+        return 'what came is not HTTP: %r' % str(why)[:200]
+    return one_line(getattr(why, 'strerror', None) or str(why) or type(why).__name__)
 
 
 def make_headers(options: Options) -> List[Tuple[str, str]]:
     """Return the headers of the request: those of --header, and ours where they do not say otherwise."""
     own = [('Host', options.target.host_header), ('User-Agent', 'httpok/%s' % __version__), ('Accept', '*/*'),
-           ('Connection', 'close')]
+           ('Accept-Encoding', 'identity'), ('Connection', 'close')]
     if options.target.authorization:
         own.append(('Authorization', options.target.authorization))
     given = {name.lower() for name, _ in options.headers}
@@ -426,40 +458,39 @@ def make_headers(options: Options) -> List[Tuple[str, str]]:
 def read_body(reply: HTTPResponse, text: Optional[str]) -> bool:
     """Read a body as far as is needed, and return whether text, if any, occurs in it.
 
-    Raises CheckFailed for a body that ends before its Content-Length.
+    Raises CheckFailed for a body that ends before its Content-Length, and HTTPException for bad chunks.
     """
     wanted = encode_text(text, reply.headers.get_content_charset()) if text else ()
     kept = max(map(len, wanted), default=1) - 1
     seen_bytes = 0
     tail = b''
     while reply.length != 0 and (wanted or seen_bytes < BODY_LIMIT_BYTES):
-        # What has come is looked at; read() alone would wait for as much as it is asked for.
-        size = len(reply.peek())
-        if (getattr(reply, 'chunk_left', None) or 0) < 0:
-            raise CheckFailed('no reply: a chunk of negative length')  # read() would take it for "all"
-        chunk = reply.read(max(1, size))
-        if not chunk:
+        piece = reply.read1(PIECE_BYTES)    # read() would wait for as much as it is asked for
+        if reply.chunked and (reply.chunk_left or 0) < 0:
+            raise CheckFailed('no reply: a chunk of negative length')
+        if not piece:
             break
-        seen_bytes += len(chunk)
-        tail += chunk
-        if any(piece in tail for piece in wanted):
+        seen_bytes += len(piece)
+        tail += piece
+        if any(encoded in tail for encoded in wanted):
             return True
         tail = tail[max(0, len(tail) - kept):]
     else:
         return not wanted
     if reply.length:
-        raise CheckFailed('no reply: the body ended %d bytes early' % reply.length)
+        raise CheckFailed('no reply: the body ended early')
     return not wanted
 
 
 def encode_text(text: str, charset: Optional[str]) -> Tuple[bytes, ...]:
     """Return text as UTF-8 and, where that can be, as the reply's charset has it."""
     encoded = [text.encode('utf-8', 'surrogateescape')]
-    try:
-        encoded.append(text.encode(charset or 'utf-8'))
-    except (LookupError, UnicodeError):
-        pass
-    return tuple(encoded)
+    for ending in ('', '-le', '-be'):   # of UTF-16 and UTF-32; no other has such a name
+        try:
+            encoded.append(text.encode((charset or 'utf-8') + ending))
+        except (LookupError, ValueError):   # ValueError: a null character in the name
+            pass
+    return tuple(filter(None, encoded))
 
 
 # Judge.
@@ -479,8 +510,8 @@ def judge(reply: Union[Reply, CheckFailed], statuses: FrozenSet[int], body: Opti
     if isinstance(reply, CheckFailed):
         return Verdict(BAD_STATUS, str(reply))
     if reply.status not in statuses:
-        return Verdict(BAD_STATUS, 'status %d %s where %s was expected' % (
-            reply.status, reply.reason, ' or '.join(map(str, sorted(statuses)))))
+        return Verdict(BAD_STATUS, 'status %s where %s was expected' % (
+            reply.status_line, ' or '.join(map(str, sorted(statuses)))))
     if not reply.has_text:
         return Verdict(BAD_BODY, 'the body does not contain %r' % body)
     return Verdict('', '')
@@ -515,10 +546,11 @@ class Httpok:
         self._server = ''
 
     def handle(self, event: Event) -> None:
-        if not event.name.startswith('TICK') or self._restarter.is_stale(event):
+        if not event.name.startswith('TICK'):
             return
         self._server = event.server
-        self._retry()
+        if self._retry() or self._restarter.is_stale(event):
+            return
         self._names.check_in_child()
         try:
             reason = self._find_reason_to_wait()
@@ -611,12 +643,13 @@ class Httpok:
             self._log('wrote a core of %s: %s' % (process.title, one_line(said)))
             self._lines += ['wrote a core of %s:' % process.title, *said.splitlines()]
 
-    def _retry(self) -> None:
+    def _retry(self) -> bool:
         self._outcomes = []
-        self._restarter.retry()
+        restarted = self._restarter.retry()
         for outcome in self._outcomes:
             if outcome.result in SUBJECTS:
                 self._mail(SUBJECTS[outcome.result] % outcome.process.title, [outcome.text])
+        return restarted
 
     def _note(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
@@ -646,7 +679,7 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
     reply, verdict = check(options, Resolver())
     print('url      %s' % options.target.shown)
     if isinstance(reply, Reply):
-        print('status   %d %s' % (reply.status, reply.reason))
+        print('status   %s' % reply.status_line)
         print('time     %.3f s' % reply.seconds)
         if options.body:
             print('body     %s %r' % ('contains' if reply.has_text else 'does not contain', options.body))

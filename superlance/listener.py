@@ -6,12 +6,14 @@ http://supervisord.org/events.html; supervisor/dispatchers.py is its other side.
 """
 from __future__ import annotations
 
+import io
 import os
+import select
 import signal
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -124,6 +126,35 @@ def read_event(events: TextIO) -> Optional[Event]:
     return Event(header.get('eventname', ''), payload, header.get('server', ''), time.time())
 
 
+class Input(io.RawIOBase):
+    """A file descriptor that is read until a signal asks to end, be it just before the read.
+
+    A plain read() would not notice a signal that comes in the moment before it, and wait for the
+    next event, which a supervisord that is about to end never sends.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._signals, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            ready, _, _ = select.select([self._fd, self._signals], [], [])
+            if _ending:
+                raise Ended  # again, where the first was lost
+            if self._fd in ready:
+                return os.readv(self._fd, [buffer])
+            os.read(self._signals, READ_BYTES)  # a signal to a child that was forked
+
+
 def take_streams() -> Tuple[TextIO, int]:
     """Return supervisord's events, and the file descriptor for the results.
 
@@ -135,7 +166,8 @@ def take_streams() -> Tuple[TextIO, int]:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is fd
-    events = os.fdopen(os.dup(0), encoding='utf-8', errors='surrogateescape', newline='\n')
+    events = io.TextIOWrapper(
+        io.BufferedReader(Input(os.dup(0))), encoding='utf-8', errors='surrogateescape', newline='\n')
     results = os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

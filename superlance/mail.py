@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Callable, Deque, Mapping, NamedTuple, Optional, Tuple, Union
 
 from superlance.listener import CommandFailed, Log, one_line, printable, run_command
-from superlance.options import Given, Option, parse_address, parse_addresses, parse_text, without_password
+from superlance.options import DOMAIN, Given, Option, parse_address, parse_addresses, parse_text
 
 if TYPE_CHECKING:
     from email.message import EmailMessage
@@ -65,19 +66,24 @@ def parse_smtp(text: str) -> SmtpServer:
     """Return the SmtpServer for smtp://[user[:password]@]host[:port] or smtps://..."""
     from urllib.parse import unquote, urlsplit
 
-    wrong = ValueError('%r is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...'
-                       % without_password(text))
+    # In a wrong URL anything before the last @ may be the password.
+    scheme = text.partition('://')[0]
+    shown = '%s***@%s' % (scheme + '://' if scheme.isalpha() else '', text.rpartition('@')[2]) if '@' in text else text
+    wrong = ValueError('%r is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...' % shown)
     try:
         url = urlsplit(text)
         port = url.port
     except ValueError:
         raise wrong
     if url.scheme not in ('smtp', 'smtps') or not url.hostname or port == 0 or not text.isprintable() \
-            or url.path.strip('/') or url.query or url.fragment:
+            or ' ' in url.hostname or url.path.strip('/') or url.query or url.fragment:
         raise wrong
     tls = url.scheme == 'smtps'
-    return SmtpServer(url.hostname, port or (465 if tls else 25), tls, unquote(url.username or ''),
-                      unquote(url.password or '') or os.environ.get('SUPERLANCE_SMTP_PASSWORD', ''))
+    user = unquote(url.username or '')
+    password = unquote(url.password or '') or os.environ.get('SUPERLANCE_SMTP_PASSWORD', '')
+    if user and not (user + password).isascii():
+        raise ValueError('%r: user and password may hold ASCII only, as smtplib can send no more' % shown)
+    return SmtpServer(url.hostname, port or (465 if tls else 25), tls, user, password)
 
 
 OPTIONS = (
@@ -97,26 +103,35 @@ def read_settings(given: Given) -> Settings:
 def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
     """Return the message for a mail."""
     from email.message import EmailMessage
+    from email.policy import default
     from email.utils import formatdate, make_msgid
     from socket import gethostname
 
-    host = gethostname()
-    message = EmailMessage()
+    host = printable(gethostname())
+    domain = host if re.fullmatch(DOMAIN, host, re.ASCII) else 'localhost'
+    # A long subject stays on its line, where a filter finds it; only encoded words have to be short.
+    plain = mail.subject.isascii()
+    message = EmailMessage(default.clone(max_line_length=LINE_LIMIT_BYTES) if plain else default)
     message['To'] = ', '.join(settings.recipients)
-    sender = settings.sender or ('%s@%s' % (program, host) if settings.smtp else None)
+    sender = settings.sender or ('%s@%s' % (program, domain) if settings.smtp else None)
     if sender:
         message['From'] = sender
-    message['Subject'] = one_line(mail.subject)
+    # email.message would decode an encoded word (RFC 2047), and write a line end in it as such.
+    message['Subject'] = one_line(mail.subject).replace('=?', '= ?')
     message['Date'] = formatdate(mail.written, localtime=True)
-    message['Message-ID'] = make_msgid(domain=host)
+    message['Message-ID'] = make_msgid(domain=domain)
     message['Auto-Submitted'] = 'auto-generated'
     lines = [printable(line.expandtabs().rstrip()) for line in mail.body.split('\n')]
     origin = '%s on %s' % (program, host)
     if mail.server:
         origin += ', supervisor %s' % one_line(mail.server)
     text = '\n'.join(lines).rstrip('\n') + '\n\n-- \n' + origin + '\n'
-    readable = all(len(line.encode('utf-8')) <= LINE_LIMIT_BYTES for line in lines)
-    message.set_content(text, cte='quoted-printable' if not readable else '7bit' if text.isascii() else '8bit')
+    readable = all(len(line.encode('utf-8')) <= LINE_LIMIT_BYTES for line in text.split('\n'))
+    if text.isascii():
+        encoding = '7bit'
+    else:
+        encoding = '8bit' if not settings.smtp else 'quoted-printable'  # a server need not take 8bit, RFC 6152
+    message.set_content(text, cte=encoding if readable else 'quoted-printable')
     return message
 
 
@@ -134,6 +149,7 @@ def send(settings: Settings, message: EmailMessage, seconds_left: Callable[[], f
 def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
     import smtplib
     import ssl
+    from contextlib import closing, suppress
 
     local = _is_loopback(server.host)
     context = ssl.create_default_context()
@@ -143,8 +159,8 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
         context.verify_mode = ssl.CERT_NONE
     timeout = max(0.1, seconds_left())
     try:
-        with (smtplib.SMTP_SSL(server.host, server.port, timeout=timeout, context=context) if server.tls
-              else smtplib.SMTP(server.host, server.port, timeout=timeout)) as smtp:
+        with closing(smtplib.SMTP_SSL(server.host, server.port, timeout=timeout, context=context) if server.tls
+                     else smtplib.SMTP(server.host, server.port, timeout=timeout)) as smtp:
             smtp.ehlo_or_helo_if_needed()
             encrypted = server.tls
             if not encrypted and smtp.has_extn('starttls'):
@@ -156,6 +172,8 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
                                      % server.host)
                 smtp.login(server.user, server.password)
             refused = smtp.send_message(message)
+            with suppress(OSError):
+                smtp.putcmd('QUIT')  # the mail is taken, whatever is answered to this
     except smtplib.SMTPRecipientsRefused as why:
         raise SendFailed('%s: %s' % (server.host, _describe_refused(why.recipients)))
     except smtplib.SMTPResponseException as why:
@@ -217,21 +235,23 @@ class Outbox:
         with self._changed:
             self._fresh.append(Mail(subject, body, server, time.time(), self._clock()))
             if len(self._fresh) + len(self._failed) > KEEP_MAILS:
-                self._drop((self._failed or self._fresh).popleft(), 'more than %d mails wait' % KEEP_MAILS)
+                oldest = min((*self._failed, self._fresh[0]), key=lambda mail: mail.queued)
+                (self._failed if oldest in self._failed else self._fresh).remove(oldest)
+                self._drop(oldest, 'more than %d mails wait' % KEEP_MAILS)
             self._changed.notify()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name='outbox', daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name='outbox', daemon=True)
+                thread.start()
+                self._thread = thread  # not before, since a signal may end the listener in start()
 
     def close(self) -> None:
         """Give all that waits one last try, for 5 s at most, and tell what is left."""
-        if self._thread is None:
-            return
         with self._changed:
             self._end_at = self._clock() + CLOSE_SECONDS
             self._last_tries = len(self._failed)
             self._changed.notify()
-        self._thread.join(CLOSE_SECONDS + 1)
+        if self._thread:
+            self._thread.join(CLOSE_SECONDS + 1)
         with self._changed:
             for mail in filter(None, (self._sending, *self._failed, *self._fresh)):
                 self._drop(mail, '%s ends' % self._program)
@@ -283,9 +303,9 @@ class Outbox:
         try:
             said = send(self._settings, compose(self._settings, self._program, mail),
                         lambda: min(started + SEND_TIMEOUT_SECONDS, self._end_at) - self._clock())
-        except SendFailed as why:
+        except Exception as why:  # whatever it is, the mails behind this one must not wait for ever
             self._log('unable to send mail "%s", which is kept and tried again: %s' % (mail.subject, why))
-            return str(why)
+            return str(why) or type(why).__name__
         self._log('sent mail "%s" to %s%s' % (mail.subject, ', '.join(self._settings.recipients),
                                               ': ' + said if said else ''))
         return ''

@@ -56,7 +56,7 @@ from superlance.options import (
     COMMON, Given, Option, Rate, UsageError, command, parse_count, parse_rate, parse_size, parse_time,
     print_table)
 from superlance.processes import (
-    EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process, Refused, Restarter,
+    DRY_RUN, EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process, Refused, Restarter,
     Supervisor, find_supervisor, find_unmatched, parse_name)
 
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
@@ -75,7 +75,8 @@ class Limit(NamedTuple):
 def _split_size(text: str, meaning: str) -> Tuple[str, int]:
     name, equals, size = text.rpartition('=')
     if not (equals and name):
-        raise ValueError('%r has no size; write %s=SIZE, as in %s=200MB' % (text, meaning, meaning.lower()))
+        raise ValueError('%r has no %s; write %s=SIZE, as in %s=200MB'
+                         % (text, 'name' if equals else 'size', meaning, meaning.lower()))
     return name, parse_size(size)
 
 
@@ -88,7 +89,9 @@ def parse_program_limit(text: str) -> Limit:
 def parse_group_limit(text: str) -> Limit:
     """Return the Limit for `group=SIZE`."""
     group, size_bytes = _split_size(text, 'GROUP')
-    return Limit(parse_name(group + ':*'), size_bytes)
+    if ':' in group or not group.strip():
+        raise ValueError("%r is not a group's name; write GROUP=SIZE, as in group=200MB" % group)
+    return Limit(Name(group.strip(), None), size_bytes)
 
 
 OPTIONS = (
@@ -286,11 +289,12 @@ class Memmon:
         self._reason = ''
 
     def handle(self, event: Event) -> None:
-        if not event.name.startswith('TICK') or self._restarter.is_stale(event):
+        if not event.name.startswith('TICK'):
             return
         self._server = event.server
         self._reason = ''
-        self._restarter.retry()
+        if self._restarter.retry() or self._restarter.is_stale(event):
+            return
         self._names.check_in_child()
         try:
             self._check()
@@ -354,7 +358,8 @@ class Memmon:
         process, uptime_seconds = outcome.process, self._options.uptime_seconds
         if outcome.result not in SUBJECTS:
             return
-        if outcome.result == RESTARTED and uptime_seconds is not None and process.uptime_seconds > uptime_seconds:
+        if outcome.result in (RESTARTED, DRY_RUN) and uptime_seconds is not None \
+                and process.uptime_seconds > uptime_seconds:
             return
         program = 'memmon [%s]' % self._options.name if self._options.name else 'memmon'
         self._outbox.put(
@@ -386,6 +391,8 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
             verdict = 'not watched'
         elif held_bytes <= limit_bytes:
             verdict = 'ok'
+        elif process.state == STOPPING:
+            verdict = 'over its limit: left alone (STOPPING)'
         else:
             verdict, well = 'over its limit: would be restarted', False
         rows.append((process.group, process.program, str(process.pid or '-'),

@@ -6,7 +6,9 @@ line on stderr that says what would be right.
 from __future__ import annotations
 
 import getopt
+import io
 import os
+import re
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,6 +17,14 @@ from superlance.listener import one_line
 
 SIZE_UNITS = {'': 1, 'K': 1024, 'M': 1024 ** 2, 'G': 1024 ** 3, 'T': 1024 ** 4}
 TIME_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
+LONGEST_TIME_DAYS = 10000  # threads and sockets can't wait for more than 292 years
+
+# The addresses of RFC 5322, less its rare forms, on some of which email.message fails.
+DOMAIN = r'\w[\w-]*(?:\.[\w-]+)*'
+WORD = r"[\w!#$%&'*+/=?^`{|}~-]"
+ADDR_SPEC = rf'{WORD}(?:{WORD}|\.)*(?:@{DOMAIN})?'
+NAME = rf'(?:"[^"\\]*"\s*|{WORD}(?:{WORD}|[. ])*(?<!\.))'
+ADDRESS = rf'(?:{NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\([\w .-]*\))?)'
 
 
 class UsageError(Exception):
@@ -83,6 +93,8 @@ def command(program: str, usage: str, table: Sequence[Option],
     if argv is None:
         # supervisord passes UTF-8, and the locale here may be another.
         argv = [os.fsencode(text).decode('utf-8', 'surrogateescape') for text in sys.argv[1:]]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a name may hold what the locale can't show
     try:
         given, arguments = read_argv(argv, table)
         if 'help' in given:
@@ -112,9 +124,12 @@ def parse_time(text: str) -> float:
     """Return seconds for `90`, `90s`, `1.5m`, `2h` or `1d`."""
     number = text.strip().lower()
     unit = number[-1:] if number[-1:] in TIME_UNITS else ''
-    return _parse_number(
+    seconds = _parse_number(
         text, number[:len(number) - len(unit)], 'is not a time; write seconds, or a number with '
         's, m, h or d, as in 10m') * TIME_UNITS[unit]
+    if seconds > LONGEST_TIME_DAYS * 86400:
+        raise ValueError('%r is too long; write at most %dd' % (text, LONGEST_TIME_DAYS))
+    return seconds
 
 
 def _parse_number(text: str, number: str, complaint: str) -> float:
@@ -157,20 +172,14 @@ def parse_rate(text: str) -> Rate:
 
 def parse_addresses(text: str) -> Tuple[str, ...]:
     """Return the mail addresses in a text that may hold several with commas."""
-    addresses = []
-    start, quoted = 0, False
-    for position, character in enumerate(text + ','):
-        if character == '"':
-            quoted = not quoted
-        elif character == ',' and not quoted:
-            addresses.append(text[start:position].strip())
-            start = position + 1
-    for address in addresses or [text]:
-        local, at, domain = address.rstrip('>').rpartition('@')
-        if not (address.isascii() and address.isprintable() and address) or (at and not (local and domain)):
+    # A comma parts two addresses where an even number of quotes follows it.
+    addresses = tuple(part.strip() for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*\Z)', text))
+    for address in addresses:
+        # email.message would decode an encoded word (RFC 2047), to a line end even.
+        if not (address.isprintable() and re.fullmatch(ADDRESS, address, re.ASCII)) or '=?' in address:
             raise ValueError('%r is not a mail address; write one, as in bob@example.com, '
                              'or several with commas' % text)
-    return tuple(addresses)
+    return addresses
 
 
 def parse_address(text: str) -> str:
@@ -182,9 +191,15 @@ def parse_address(text: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return url with *** for its password, if it has one."""
+    """Return url with *** for its password, if it has one; url need not be a valid one."""
     scheme, separator, rest = url.partition('://')
-    authority = rest.split('/')[0].split('?')[0].split('#')[0]
+    if not separator:
+        scheme, rest = '', url
+    authority = re.split('[/?#]', rest, maxsplit=1)[0]
+    _, colon, port = authority.rpartition(']')[2].partition(':')  # ] ends an IPv6 address
+    well_formed = separator and authority and (not colon or port.isascii() and port.isdigit())
+    if '@' not in authority and not well_formed:
+        authority = rest[:rest.rfind('@') + 1]  # a / ? or # in the password, which should have been encoded
     user, at, host = authority.rpartition('@')
     name, colon, _ = user.partition(':')
     if not colon:

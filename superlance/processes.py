@@ -22,7 +22,7 @@ STOPPING, EXITED, FATAL, UNKNOWN = 40, 100, 200, 1000
 CALL_TIMEOUT_SECONDS = 30
 # How long a restart whose answer was lost is followed before it is left to the next tick.
 FOLLOW_SECONDS = 60
-LOST_CALLS = 3
+FAILED_CALLS = 3
 
 
 class CantTell(Exception):
@@ -126,7 +126,7 @@ class Supervisor:
         # Both kinds of supervisor's connections take their timeout from here.
         socket.setdefaulttimeout(self._timeout_seconds)
         try:
-            proxy = getRPCInterface(self._environment)
+            proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
             try:
                 return getattr(proxy.supervisor, method)(*arguments)
             finally:
@@ -165,6 +165,7 @@ def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]
     if configuration is None and 'SUPERVISOR_SERVER_URL' in environment:
         return Supervisor(environment)
     import io
+    from configparser import Error
     from supervisor.options import ClientOptions
 
     client = ClientOptions()
@@ -173,6 +174,8 @@ def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]
         client.realize(['-c', configuration] if configuration else [], doc='', progname='supervisorctl')
     except SystemExit:
         raise UsageError('option --configuration: %s' % client.stderr.getvalue().partition('\n')[0])
+    except Error as why:
+        raise UsageError('option --configuration: %s' % why)
     section = client.configroot.supervisorctl
     return Supervisor({'SUPERVISOR_SERVER_URL': section.serverurl or 'http://localhost:9001',
                        'SUPERVISOR_USERNAME': section.username or '',
@@ -260,12 +263,13 @@ LEAVE = 'leave'
 UNTOUCHED = 'untouched'
 
 
-def judge_stopped(judged: Process, current: Process) -> str:
+def judge_stopped(judged: Process, current: Process, failed_start: Optional[int] = None) -> str:
     """Return what to do about a process that was stopped here, from what it is now.
 
     A start time other than the judged one means that it has been started since, by a
     call of ours whose answer was lost or by somebody: where it is stopped all the same,
-    somebody stopped it. supervisord gives up a process (FATAL) only after a start.
+    somebody stopped it. failed_start is that of a start of ours that supervisord called
+    failed. supervisord gives up a process (FATAL) only after a start.
     """
     if current.state == RUNNING:
         return UNTOUCHED if current.pid == judged.pid else RUNS
@@ -273,9 +277,18 @@ def judge_stopped(judged: Process, current: Process) -> str:
         return WAIT
     if current.state == BACKOFF:
         return FAILED
-    if current.state == FATAL or (current.state == STOPPED and current.start == judged.start):
+    if current.state == FATAL or (current.state, current.start) in ((STOPPED, judged.start), (EXITED, failed_start)):
         return START
     return LEAVE
+
+
+class Down:
+    """A process that was stopped here, and is not yet known to run."""
+
+    def __init__(self, judged: Process) -> None:
+        self.judged = judged
+        self.failed_start: Optional[int] = None
+        self.told: Set[str] = set()
 
 
 class Restarter:
@@ -294,19 +307,19 @@ class Restarter:
         self._dry_run = dry_run
         self._sleep = sleep
         self._clock = clock
-        self._down: Dict[str, Tuple[Process, str]] = {}     # with what was told of it last
+        self._down: Dict[str, Down] = {}
         self._restarts: Dict[str, Deque[float]] = {}
         self._held_back: Set[str] = set()
         self._dry_runs: Set[Tuple[str, int]] = set()
         self._last_end = 0.0
 
     def is_stale(self, tick: Event) -> bool:
-        """Return whether a tick was sent before the last restart had ended.
+        """Return whether a tick was sent before the second in which the last restart ended.
 
         A clock that was set back must not make every tick look stale.
         """
         when = parse_tokens(tick.payload).get('when', '').strip()
-        return when.isdecimal() and int(when) < self._last_end <= time.time()
+        return when.isdecimal() and len(when) < 20 and int(when) < int(self._last_end) <= time.time()
 
     def restart(self, judged: Process, prepare: Optional[Callable[[Process], None]] = None) -> None:
         """Stop the process and start it again; in a dry run, say so once for each process and pid.
@@ -326,7 +339,10 @@ class Restarter:
                 return
             prepare(judged)
         with uninterrupted():
-            self._finish(self._restart(judged))
+            outcome = self._restart(judged)
+            if judged.namespec in self._down:
+                self._down[judged.namespec].told.add(outcome.text)
+            self._finish(outcome)
             self._last_end = time.time()
 
     def _finish(self, outcome: Outcome) -> None:
@@ -334,15 +350,20 @@ class Restarter:
             self._restarts.setdefault(outcome.process.namespec, deque()).append(self._clock())
         self._tell(outcome)
 
-    def retry(self) -> None:
-        """Start again what was left down; a failure is told when its reason is new."""
-        for namespec, (judged, told) in list(self._down.items()):
+    def retry(self) -> bool:
+        """Start again what was left down, and return whether something was; a new reason why not is told."""
+        restarted = False
+        for down in list(self._down.values()):
             with uninterrupted():
-                outcome = self._bring_back(judged, LOOK)
-                if outcome.result == STOP_FAILED:
-                    del self._down[namespec]
-                elif outcome.text != told:
+                outcome = self._bring_back(down, LOOK)
+                if outcome.result == RESTARTED:
+                    restarted = True
+                    self._last_end = time.time()
+                # A failed stop was told when it failed.
+                if outcome.result != STOP_FAILED and outcome.text not in down.told:
+                    down.told.add(outcome.text)
                     self._tell(outcome)
+        return restarted
 
     def _is_held_back(self, judged: Process) -> bool:
         if self._limit is None:
@@ -367,73 +388,94 @@ class Restarter:
         try:
             current = self._supervisor.get_process(judged.namespec)
         except Refused as why:
-            return Outcome(judged, LEFT_ALONE, 'left %s alone: %s' % (judged.title, why))
+            return self._fail_to_stop(judged, why)
         except CantTell as why:
             return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
-        if current.pid == judged.pid and current.state != STOPPING:
-            return None
-        return Outcome(judged, LEFT_ALONE, 'left %s alone: it is %s with pid %d now, and pid %d was judged'
-                       % (judged.title, current.state_name, current.pid, judged.pid))
+        if current.state == STOPPING:
+            return Outcome(judged, LEFT_ALONE, 'left %s alone: it is STOPPING' % judged.title)
+        if current.pid != judged.pid:
+            return Outcome(judged, STOP_FAILED, 'failed to stop %s: it is %s with pid %d now, and pid %d was judged'
+                           % (judged.title, current.state_name, current.pid, judged.pid))
+        return None
+
+    @staticmethod
+    def _fail_to_stop(judged: Process, why: Refused) -> Outcome:
+        if why.fault == 'SHUTDOWN_STATE':
+            return Outcome(judged, LEFT_ALONE, 'left %s alone: %s' % (judged.title, why))
+        return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
 
     def _restart(self, judged: Process) -> Outcome:
         changed = self._find_change(judged)
         if changed:
             return changed
-        self._down[judged.namespec] = judged, ''
+        down = self._down[judged.namespec] = Down(judged)
         try:
             self._supervisor.call('stopProcess', judged.namespec)
         except Refused as why:
             del self._down[judged.namespec]
-            if why.fault in ('NOT_RUNNING', 'BAD_NAME', 'SHUTDOWN_STATE'):
-                return Outcome(judged, LEFT_ALONE, 'left %s alone: %s' % (judged.title, why))
-            return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
+            return self._fail_to_stop(judged, why)
         except CantTell as why:
-            return self._bring_back(judged, LOOK, str(why))
-        return self._bring_back(judged, START)
+            return self._bring_back(down, LOOK, str(why))
+        return self._bring_back(down, START)
 
-    def _bring_back(self, judged: Process, todo: str, trouble: str = '') -> Outcome:
+    def _bring_back(self, down: Down, todo: str, trouble: str = '') -> Outcome:
         """Start a process that was stopped here, unless somebody else has it in hand.
 
         trouble is what went wrong so far. Where it can't be started now, it is kept for retry.
         """
+        judged, title = down.judged, down.judged.title
+
         def settle(result: str, text: str) -> Outcome:
             del self._down[judged.namespec]
-            return Outcome(judged, result, text % judged.title)
+            return Outcome(judged, result, text)
 
-        failed = False
-        lost_calls = 0
+        stopped = todo == START
+        fault = ''
+        failed_calls = 0
         deadline = self._clock() + FOLLOW_SECONDS
-        while lost_calls < LOST_CALLS and self._clock() < deadline:
+        while failed_calls < FAILED_CALLS:
             try:
                 if todo == START:
                     self._supervisor.call('startProcess', judged.namespec)
-                    return settle(RESTARTED, 'restarted %s')
+                    return settle(RESTARTED, 'restarted %s' % title)
                 if todo == WAIT:
                     self._sleep(0.2)
                 current = self._supervisor.get_process(judged.namespec)
-                todo = judge_stopped(judged, current)
+                if fault == 'SPAWN_ERROR':
+                    down.failed_start = current.start
+                todo = judge_stopped(judged, current, down.failed_start)
                 if todo == RUNS:
-                    return settle(RESTARTED, 'restarted %s')
-                if todo == LEAVE:
-                    return settle(LEFT_ALONE, 'left %%s alone: it is %s by now' % current.state_name)
+                    return settle(RESTARTED, 'restarted %s' % title)
                 if todo == UNTOUCHED:
-                    # Kept for retry, since the stop may yet be on its way.
-                    return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, trouble))
-                if todo == FAILED or failed:
-                    trouble = ': '.join(filter(None, (trouble, current.spawn_error)))
+                    if not trouble:
+                        return settle(STOP_FAILED, 'failed to stop %s' % title)
+                    break  # it is kept, since the stop may yet be on its way
+                stopped = stopped or current.state != STOPPING
+                if todo == LEAVE:
+                    return settle(LEFT_ALONE, 'left %s alone: it is %s by now' % (title, current.state_name))
+                if todo == FAILED or fault:
+                    # After any other fault the spawn error is one of an earlier start.
+                    if fault in ('', 'SPAWN_ERROR'):
+                        trouble = current.spawn_error or trouble
+                    break
+                if todo == WAIT and self._clock() >= deadline:
+                    trouble = 'it is still %s after %d s' % (current.state_name, FOLLOW_SECONDS)
                     break
             except Refused as why:
                 if why.fault in ('BAD_NAME', 'SHUTDOWN_STATE'):
-                    return settle(LEFT_ALONE, 'left %%s alone: %s' % why)
+                    return settle(LEFT_ALONE, 'left %s alone: %s' % (title, why))
                 if why.fault != 'ALREADY_STARTED':
-                    failed, trouble = True, str(why)
-                todo = LOOK
-            except CantTell as why:
-                lost_calls += 1
+                    fault = why.fault
+                failed_calls += 1
                 trouble = str(why)
                 todo = LOOK
+            except CantTell as why:
+                failed_calls += 1
+                trouble = trouble or str(why)
+                todo = LOOK
                 self._sleep(0.2)
-        outcome = Outcome(judged, START_FAILED, 'failed to start %s: %s; this is tried again at every event'
-                          % (judged.title, trouble or 'it takes more than %d s' % FOLLOW_SECONDS))
-        self._down[judged.namespec] = self._down[judged.namespec][0], outcome.text
-        return outcome
+        if stopped:
+            return Outcome(judged, START_FAILED, 'failed to start %s: %s; this is tried again at every event'
+                           % (title, trouble))
+        return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s; if it stops all the same, it is started again'
+                       % (title, trouble))

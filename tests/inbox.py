@@ -1,0 +1,79 @@
+"""Where the tests' mail arrives: the file of a mail command, or an SMTP server on loopback."""
+from __future__ import annotations
+
+import os
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import default
+from pathlib import Path
+from typing import Any, List
+
+from aiosmtpd.controller import Controller
+from support import TIMEOUT, wait_for
+
+SEPARATOR = b'\n=====\n'
+
+
+class Inbox:
+    """The mails that have come so far, in the order in which they came."""
+
+    def _read(self) -> List[bytes]:
+        raise NotImplementedError
+
+    @property
+    def mails(self) -> List[EmailMessage]:
+        return [message_from_bytes(mail, policy=default) for mail in self._read()]
+
+    @property
+    def subjects(self) -> List[str]:
+        return [str(mail['Subject']).strip() for mail in self.mails]
+
+    def wait(self, number: int = 1, timeout: float = TIMEOUT) -> List[EmailMessage]:
+        """Wait until so many mails have come, and return them."""
+        wait_for(lambda: len(self._read()) >= number, '%d mails' % number, timeout)
+        return self.mails
+
+
+class CommandInbox(Inbox):
+    """A mail command, for -s, that appends each mail to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / 'inbox'
+        self.command = "{ cat; echo; echo =====; } >> '%s'" % self._path
+
+    def _read(self) -> List[bytes]:
+        return self._path.read_bytes().split(SEPARATOR)[:-1] if self._path.exists() else []
+
+
+class _Controller(Controller):
+    def _trigger_server(self) -> None:
+        server: Any = self.server
+        self.port = server.sockets[0].getsockname()[1]
+        super()._trigger_server()  # type: ignore[no-untyped-call]
+
+
+class SmtpInbox(Inbox):
+    """An SMTP server on loopback, and the msmtp account that sends to it."""
+
+    def __init__(self, home: Path) -> None:
+        self._received: List[bytes] = []
+        self._controller = _Controller(self, hostname='127.0.0.1', port=0)
+        self._home = home
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        self._received.append(envelope.content)
+        return '250 taken'
+
+    def _read(self) -> List[bytes]:
+        return self._received
+
+    def __enter__(self) -> SmtpInbox:
+        self._controller.start()
+        account = self._home / '.msmtprc'
+        account.write_text('account default\nhost 127.0.0.1\nport %d\nfrom x@example.com\nauto_from off\n'
+                           % self._controller.port, 'utf-8')
+        os.chmod(account, 0o600)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._controller.stop()

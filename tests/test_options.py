@@ -1,0 +1,391 @@
+"""What the three command lines share: values, addresses, usage errors, and what reaches stdout."""
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from typing import Any, Callable, List, Sequence, Tuple, Union
+
+import pytest
+from support import PYTHON, TIMEOUT
+
+from superlance import __version__, memmon
+from superlance.options import (
+    COMMON, Given, Option, Rate, UsageError, command, parse_address, parse_addresses, parse_count, parse_rate,
+    parse_size, parse_text, parse_time, parse_timeout, print_table, read_argv, without_password)
+
+Parse = Callable[[str], Any]
+
+KB, MB, GB, TB = 1024, 1024 ** 2, 1024 ** 3, 1024 ** 4
+
+# Each is tried by itself, and as the value of an option.
+VALUES: Sequence[Tuple[Parse, str, Any]] = (
+    (parse_size, '4096', 4096),
+    (parse_size, '0', 0),
+    (parse_size, '1b', 1),
+    (parse_size, '200MB', 200 * MB),
+    (parse_size, '200mb', 200 * MB),
+    (parse_size, '200Mb', 200 * MB),
+    (parse_size, '200 MB', 200 * MB),
+    (parse_size, '1.5GB', 3 * GB // 2),
+    (parse_size, '.5k', 512),
+    (parse_size, '5.K', 5 * KB),
+    (parse_size, '1g', GB),
+    (parse_size, '  10kb', 10 * KB),
+    (parse_size, '10kb\t', 10 * KB),
+    (parse_size, '2TB', 2 * TB),
+    (parse_size, '3t', 3 * TB),
+    (parse_size, '999999999999999TB', 999999999999999 * TB),
+    (parse_size, '1.1', 1),
+    (parse_time, '90', 90),
+    (parse_time, '0', 0),
+    (parse_time, '90s', 90),
+    (parse_time, '1.5m', 90),
+    (parse_time, ' 2 H ', 7200),
+    (parse_time, '1D', 86400),
+    (parse_time, '10000d', 864000000),
+    (parse_timeout, '0.25', 0.25),
+    (parse_timeout, '10m', 600),
+    (parse_count, '1', 1),
+    (parse_count, '007', 7),
+    (parse_count, '999999999', 999999999),
+    (parse_rate, '3/1h', Rate(3, 3600)),
+    (parse_rate, '1/90', Rate(1, 90)),
+    (parse_text, ' ', ' '),
+    (parse_text, 'caf\xe9', 'caf\xe9'),
+    (parse_address, 'bob@example.com', 'bob@example.com'),
+    (parse_address, '"Doe, J" <j@example.com>', '"Doe, J" <j@example.com>'),
+)
+
+# What is refused, and what the complaint holds beside the value.
+WRONG: Sequence[Tuple[Parse, str, str]] = tuple(
+    [(parse_size, text, 'write bytes, or a number with KB, MB, GB or TB') for text in (
+        'banana', '', ' ', 'MB', 'B', 'k', '.', '-1', '+1', '1e3', '1.2.3', '1,5GB', '0x10', '1_000', 'inf', 'nan',
+        '10PB', '10BB', '10MBB', '10 M B', '\u0661\u0660', '10\xb2', '\uff11\uff10', '10\u212a', '1' * 16,
+        '1' * 5000, '10\x00', 'MB10')]
+    + [(parse_time, text, 'write seconds, or a number with s, m, h or d') for text in (
+        'banana', '', 's', '-1', '1e3', '1.2.3', '10ms', '10w', '1h30m', '\u0661', '10\u017f', '1' * 16, 'inf')]
+    + [(parse_time, text, 'write at most 10000d') for text in ('10001d', '864000001', '999999999999999d')]
+    + [(parse_timeout, text, 'write more than 0 seconds') for text in ('0', '0.0', '0d')]
+    + [(parse_timeout, 'soon', 'write seconds')]
+    + [(parse_count, text, 'write a whole number from 1') for text in (
+        '0', '', '-1', '1.5', ' 1', 'x', '\u0663', '\xb2', '1' * 10, '1' * 5000)]
+    + [(parse_rate, text, 'N/TIME') for text in ('3', '', '1h')]
+    + [(parse_rate, '0/1h', 'write a whole number from 1'), (parse_rate, 'x/1h', 'write a whole number from 1'),
+       (parse_rate, '3/', 'write seconds'), (parse_rate, '3/1/2', 'write seconds'),
+       (parse_rate, '3/0', 'write more than 0 seconds'), (parse_text, '', 'write at least a character'),
+       (parse_address, 'a@example.com, b@example.com', 'is more than one mail address')])
+
+
+@pytest.mark.parametrize('parse, text, value', VALUES)
+def test_value(parse: Parse, text: str, value: object) -> None:
+    assert parse(text) == value
+    given, _ = read_argv(['--value', text], [Option('', 'value', parse)])
+    assert given.last('value') == value
+
+
+def test_size_is_whole() -> None:
+    assert isinstance(parse_size('1.0000001KB'), int)
+
+
+@pytest.mark.parametrize('parse, text, expected', WRONG)
+def test_wrong_value(parse: Parse, text: str, expected: str) -> None:
+    with pytest.raises(ValueError) as why:
+        parse(text)
+    assert expected in str(why.value)
+    with pytest.raises(UsageError) as usage:
+        read_argv(['-x', text], [Option('x', 'value', parse)])
+    assert str(usage.value) == 'option -x: %s' % why.value
+
+
+@pytest.mark.parametrize('parse', [parse_size, parse_time, parse_timeout, parse_count, parse_rate, parse_address])
+def test_complaint_shows_the_value(parse: Parse) -> None:
+    with pytest.raises(ValueError, match=r"'ban\\x1bana\\n\\udc80'"):
+        parse('ban\x1bana\n\udc80')
+
+
+# Mail addresses.
+
+@pytest.mark.parametrize('text, addresses', [
+    ('bob@example.com', ['bob@example.com']),
+    ('root', ['root']),
+    ('  bob@example.com\n', ['bob@example.com']),
+    ('a@example.com,b@example.com', ['a@example.com', 'b@example.com']),
+    ('a@example.com , b@example.com, root', ['a@example.com', 'b@example.com', 'root']),
+    ('Bob <bob@example.com>', ['Bob <bob@example.com>']),
+    ('<bob@example.com>', ['<bob@example.com>']),
+    ('bob@example.com (Bob B.), root', ['bob@example.com (Bob B.)', 'root']),
+    ("J. O'Hara Jr. <j@example.com>, root", ["J. O'Hara Jr. <j@example.com>", 'root']),
+    ('"Doe, J" <j@example.com>', ['"Doe, J" <j@example.com>']),
+    ('"Doe, J" <j@example.com>, "x, y, z"<x@example.com>, a@b',
+     ['"Doe, J" <j@example.com>', '"x, y, z"<x@example.com>', 'a@b']),
+    ('a+tag=x/{y}..z@mail-1.example.co.uk', ['a+tag=x/{y}..z@mail-1.example.co.uk']),
+    ('a@[ops', None),
+    ('', None),
+    (' ', None),
+    (',', None),
+    ('a@example.com,', None),
+    (',a@example.com', None),
+    ('a@example.com,,b@example.com', None),
+    ('a@example.com, ,b@example.com', None),
+    ('bob@', None),
+    ('@example.com', None),
+    ('<bob@>', None),
+    ('<>', None),
+    ('<', None),
+    ('bob@example.com>', None),
+    ('<bob@example.com', None),
+    ('bob@example.com.', None),
+    ('bob@.example.com', None),
+    ('bob@exam ple.com', None),
+    ('bob@example@com', None),
+    ('bob smith@example.com', None),
+    ('Bob bob@example.com', None),
+    ('bob@example.com (a, b)', None),
+    ('bob@example.com (Bob', None),
+    ('a@example.com;b@example.com', None),
+    ('team: a@example.com;', None),
+    ('.<bob@example.com>', None),
+    ('B.<bob@example.com>', None),
+    ('"', None),
+    ('"Doe, a@example.com', None),
+    ('a@example.com, "Doe', None),
+    ('"a\\", b" <a@example.com>', None),
+    ('b\xf6b@example.com', None),
+    ('bob@ex\xe4mple.com', None),
+    ('B\xf6b <bob@example.com>', None),
+    ('bob\udcff@example.com', None),
+    ('bob@example.com\nBcc: eve@example.com', None),
+    ('bob@example.com\r\n\r\nbody', None),
+    ('"a\nBcc: eve@example.com" <bob@example.com>', None),
+    ('bob@example.com\x00', None),
+    ('bob\x7f@example.com', None),
+    ('=?utf-8?q?a=0aBcc:_eve@example.com?= <bob@example.com>', None),
+    ('"=?utf-8?q?a=0aBcc:_eve@example.com?=" <bob@example.com>', None),
+])
+def test_addresses(text: str, addresses: Union[List[str], None]) -> None:
+    if addresses is not None:
+        assert parse_addresses(text) == tuple(addresses)
+        return
+    with pytest.raises(ValueError) as why:
+        parse_addresses(text)
+    assert str(why.value) == ('%r is not a mail address; write one, as in bob@example.com, or several with commas'
+                              % text)
+    with pytest.raises(ValueError):
+        parse_address(text)
+
+
+# URLs.
+
+@pytest.mark.parametrize('url, shown', [
+    ('http://localhost:8080/health', None),
+    ('http://bob@localhost/', None),
+    ('http://localhost/a:b@c?d:e@f#g:h@i', None),
+    ('http://localhost:8080/a:b@c', None),
+    ('http://[::1]/a:b@c', None),
+    ('http://[::1]:8080/a:b@c', None),
+    ('/a:b@c', '/a:***@c'),
+    ('http://bob:s3cret@localhost:8080/health?x=y', 'http://bob:***@localhost:8080/health?x=y'),
+    ('http://bob:s3cret@[::1]:8080/', 'http://bob:***@[::1]:8080/'),
+    ('http://bob:s3:cr@et@localhost', 'http://bob:***@localhost'),
+    ('http://:s3cret@localhost', 'http://:***@localhost'),
+    ('http://bob:@localhost', 'http://bob:***@localhost'),
+    ('http://bob:s3cret@localhost?a@b', 'http://bob:***@localhost?a@b'),
+    ('http://bob:s3cret@localhost#a@b', 'http://bob:***@localhost#a@b'),
+    # Hardly one of these is valid, and they are shown in a complaint.
+    ('http://localhost:/a@c', 'http://localhost:***@c'),
+    ('http://bob:s3/cret@localhost', 'http://bob:***@localhost'),
+    ('http://bob:s3?cret@localhost/', 'http://bob:***@localhost/'),
+    ('http://bob:#s3cret@localhost/', 'http://bob:***@localhost/'),
+    ('http://bob:s3#cret@localhost/', 'http://bob:***@localhost/'),
+    ('http:///bob:s3cret@localhost/', 'http:///bob:***@localhost/'),
+    ('http:/bob:s3cret@localhost', 'http:***@localhost'),
+    ('bob:s3cret@localhost', 'bob:***@localhost'),
+    ('bob:s3/cret@localhost', 'bob:***@localhost'),
+    ('localhost:8080', None),
+    ('', None),
+])
+def test_without_password(url: str, shown: str) -> None:
+    assert without_password(url) == (url if shown is None else shown)
+
+
+# Command lines.
+
+TABLE = (
+    Option('p', 'program', parse_text),
+    Option('g', 'groupname', str),
+    Option('a', 'any', parse_size),
+    Option('c', 'cumulative'),
+    Option('', 'samples', parse_count),
+    Option('s', 'sendmail_program', parse_text),
+) + COMMON
+
+
+def test_given() -> None:
+    given = Given()
+    given.add('any', 1)
+    given.add('any', 2)
+    assert 'any' in given and 'all' not in given
+    assert (given.all('any'), given.last('any'), given.last('any', 9)) == ([1, 2], 2, 2)
+    assert (given.all('all'), given.last('all'), given.last('all', 9)) == ([], None, 9)
+
+
+@pytest.mark.parametrize('argv, name, values, arguments', [
+    ([], 'any', [], []),
+    (['-a', '1k'], 'any', [1024], []),
+    (['-a1k', '--any=2k', '--any', '3k'], 'any', [1024, 2048, 3072], []),
+    (['--group=web'], 'groupname', ['web'], []),
+    (['--g', 'web'], 'groupname', ['web'], []),
+    (['--send', '/bin/true -x'], 'sendmail_program', ['/bin/true -x'], []),
+    (['--cum'], 'cumulative', [True], []),
+    (['-ca', '1'], 'cumulative', [True], []),
+    (['-ca', '1'], 'any', [1], []),
+    (['-p', '-a'], 'program', ['-a'], []),
+    (['-g', ''], 'groupname', [''], []),
+    (['-g', 'a=b'], 'groupname', ['a=b'], []),
+    (['x', '-a', '1', 'y'], 'any', [1], ['x', 'y']),
+    (['--', '-a', '1'], 'any', [], ['-a', '1']),
+])
+def test_read_argv(argv: List[str], name: str, values: List[object], arguments: List[str]) -> None:
+    given, rest = read_argv(argv, TABLE)
+    assert (given.all(name), rest) == (values, arguments)
+
+
+def build(given: Given, arguments: List[str]) -> List[str]:
+    if arguments:
+        raise UsageError('unexpected argument %r' % arguments[0])
+    return list(map(str, given.all('any')))
+
+
+def run(sizes: List[str]) -> int:
+    print('ran with', *sizes)
+    return 7
+
+
+def call(*argv: str) -> int:
+    return command('tester', 'Usage: tester\n', TABLE, build, run, argv)
+
+
+@pytest.mark.parametrize('argv, holds', [
+    (['-z'], ['-z', 'not recognized']),
+    (['--zebra=1'], ['--zebra', 'not recognized']),
+    (['--s', '1'], ['--s', 'not a unique prefix']),
+    (['-a'], ['-a', 'requires argument']),
+    (['--any'], ['--any', 'requires argument']),
+    (['--once=1'], ['--once', 'must not have an argument']),
+    (['-a', 'banana'], ['option -a', "'banana'", 'KB, MB, GB or TB']),
+    (['--any=banana'], ['option --any', "'banana'", 'KB, MB, GB or TB']),
+    (['--an', 'banana'], ['option --any', "'banana'", 'KB, MB, GB or TB']),
+    (['--samples', '0'], ['option --samples', "'0'", 'a whole number from 1']),
+    (['-p', ''], ['option -p', 'an empty text', 'at least a character']),
+    (['-a', 'ban\nana\x1b[1m'], ['option -a', "'ban\\nana\\x1b[1m'"]),
+    (['-\n'], ['not recognized']),
+    (['--zebra\n\r=1'], ['--zebra', 'not recognized']),
+    (['stray\nargument'], ["unexpected argument 'stray\\nargument'"]),
+    (['--help', '-a', 'banana'], ["'banana'"]),
+])
+def test_usage_error(argv: List[str], holds: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('tester: ') and err.endswith("; try 'tester --help'\n") and len(err.splitlines()) == 1
+    assert err[:-1].isprintable()
+    for text in holds:
+        assert text in err
+
+
+@pytest.mark.parametrize('argv, status, output', [
+    (['--help'], 0, 'Usage: tester\n'),
+    (['-h', '--version', 'stray'], 0, 'Usage: tester\n'),
+    (['--hel', '-a', '1'], 0, 'Usage: tester\n'),
+    (['--version'], 0, 'tester %s\n' % __version__),
+    (['--version', 'stray'], 0, 'tester %s\n' % __version__),
+    (['-a', '1k', '-a', '2'], 7, 'ran with 1024 2\n'),
+])
+def test_command(argv: List[str], status: int, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*argv) == status
+    assert capsys.readouterr() == (output, '')
+
+
+def test_usage_error_of_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> int:
+        raise UsageError('no such\nfile')
+    assert command('tester', '', TABLE, build, fail, []) == 2
+    assert capsys.readouterr() == ('', "tester: no such | file; try 'tester --help'\n")
+
+
+def test_command_reads_its_own_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, 'argv', ['tester', '-a', '1k'])
+    assert command('tester', '', TABLE, build, run, None) == 7
+    assert capsys.readouterr() == ('ran with 1024\n', '')
+
+
+def test_stdout_that_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(sys, 'stdout', output)
+    assert call('--version') == 0
+    assert output.getvalue() == 'tester %s\n' % __version__
+
+
+def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([('name', 'size', 'what'), ('a', '200MB', ''), ('group:program', '1', 'too much')])
+    assert capsys.readouterr().out == (
+        'name           size   what\n'
+        'a              200MB\n'
+        'group:program  1      too much\n')
+
+
+def test_table_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([])
+    assert capsys.readouterr().out == ''
+
+
+# The same as a process of its own.
+
+SCRIPT = '''
+from superlance.options import Option, command, print_table
+def show(given):
+    print(ascii(given.all('name')))
+    print_table([given.all('name')])
+    return 0
+raise SystemExit(command('tester', 'usage', [Option('n', 'name', str), Option('', 'size', int)],
+                         lambda given, arguments: given, show, None))
+'''
+FOREIGN = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+
+
+def run_process(*arguments: Union[str, bytes]) -> Tuple[int, bytes, bytes]:
+    process = subprocess.run([PYTHON, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, timeout=TIMEOUT, env={**os.environ, **FOREIGN})
+    return process.returncode, process.stdout, process.stderr
+
+
+def test_arguments_are_utf8_whatever_the_locale() -> None:
+    arguments: List[bytes] = [b'-n', 'caf\xe9'.encode(), '--name=\u65e5\u672c'.encode(), b'-n', b'\xff']
+    status, out, err = run_process('-c', SCRIPT, *arguments)
+    assert (status, err) == (0, b'')
+    names, table = out.decode('ascii').splitlines()
+    assert names == r"['caf\xe9', '\u65e5\u672c', '\udcff']"
+    assert table == r'caf\xe9  \u65e5\u672c  \udcff'
+
+
+def test_usage_error_whatever_the_locale() -> None:
+    status, out, err = run_process('-c', SCRIPT, b'--size', 'ban\xe4na\xff'.encode('latin-1'))
+    assert (status, out) == (2, b'')
+    assert err.startswith(b'tester: option --size: ') and err.endswith(b"; try 'tester --help'\n")
+    assert err.count(b'\n') == 1 and err.isascii() and rb'\udce4' in err
+    status, out, err = run_process('-c', SCRIPT, '--size=b\xe4'.encode())
+    assert (status, out) == (2, b'')
+    assert rb"'b\xe4'" in err and err.count(b'\n') == 1
+
+
+@pytest.mark.parametrize('arguments, status, out, err', [
+    (['--help'], 0, memmon.__doc__, ''),
+    (['--version'], 0, 'memmon %s\n' % __version__, ''),
+    (['-a', 'banana'], 2, '', "memmon: option -a: 'banana' is not a size; write bytes, or a number with "
+                              "KB, MB, GB or TB, as in 200MB; try 'memmon --help'\n"),
+    (['--s=1'], 2, '', "memmon: option --s not a unique prefix; try 'memmon --help'\n"),
+])
+def test_memmon(arguments: List[str], status: int, out: str, err: str) -> None:
+    assert run_process('-m', 'superlance.memmon', *arguments) == (status, out.encode(), err.encode())
