@@ -11,8 +11,9 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def _end(signum: int, frame: object) -> None:
 def uninterrupted() -> Iterator[None]:
     """Let SIGTERM and SIGINT end the listener only after this block."""
     global _uninterrupted
-    ending_before = _ending
+    ending_before, outer = _ending, _uninterrupted
     _uninterrupted = True
     try:
         yield
     finally:
-        _uninterrupted = False
-    if _ending and not ending_before:
+        _uninterrupted = outer
+    if _ending and not (ending_before or outer):
         raise Ended
 
 
@@ -243,20 +244,25 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
     # supervisord passes UTF-8, and the locale here may be another.
     encoded: Union[bytes, Sequence[bytes]] = (
         _encode(command) if isinstance(command, str) else [_encode(word) for word in command])
-    try:
-        process = subprocess.Popen(
-            encoded, shell=isinstance(command, str), env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except (OSError, ValueError) as why:  # ValueError: a null byte in the command
-        raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
     output = bytearray()
+    process: Optional[Popen[bytes]] = None
     try:
+        # A signal that came after the fork, but before Popen has returned, would leave the command behind.
+        with uninterrupted() if threading.current_thread() is threading.main_thread() else nullcontext():
+            process = subprocess.Popen(
+                encoded, shell=isinstance(command, str), env=environment, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         failure = _attend(process, message, seconds_left, output)
+    except (OSError, ValueError) as why:  # ValueError: a null byte in the command
+        if process:
+            raise
+        raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
     finally:
-        if process.poll() is None:
-            _kill(process)
-        for pipe in filter(None, (process.stdin, process.stdout)):
-            pipe.close()
+        if process:
+            if process.poll() is None:
+                _kill(process)
+            for pipe in filter(None, (process.stdin, process.stdout)):
+                pipe.close()
     if process.returncode and not failure:
         failure = ('exit status %d' % process.returncode if process.returncode > 0
                    else 'killed by signal %d' % -process.returncode)

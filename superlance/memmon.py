@@ -56,8 +56,8 @@ from superlance.options import (
     COMMON, Given, Option, Rate, UsageError, command, parse_count, parse_rate, parse_size, parse_time,
     print_table)
 from superlance.processes import (
-    DRY_RUN, EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process, Refused, Restarter,
-    Supervisor, find_supervisor, find_unmatched, parse_name)
+    CALL_TIMEOUT_SECONDS, DRY_RUN, EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process,
+    Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
 
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
 PS_TIMEOUT_SECONDS = 10
@@ -332,7 +332,9 @@ class Memmon:
 
     def _judge(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> List[Tuple[Process, str]]:
         """Return the processes of supervisord's that are over their limits, and why."""
-        processes = self._supervisor.get_processes()
+        # Mostly what is over the limit is foreign, and supervisord is not asked again for an hour.
+        processes = (self._supervisor.get_processes() if self._options.verbose
+                     else self._supervisor.get_processes_in_child(CALL_TIMEOUT_SECONDS))
         self._names.check(processes)
         self._known_since = time.monotonic()
         self._known = {(pid, usages[pid].parent_pid): None

@@ -5,6 +5,7 @@ line on stderr that says what would be right.
 """
 from __future__ import annotations
 
+import errno
 import getopt
 import io
 import os
@@ -90,6 +91,9 @@ def command(program: str, usage: str, table: Sequence[Option],
 
     build makes the script's own options of those given; it and run may raise UsageError.
     """
+    # Where a stream was closed at the start, Python has none; a real file would take its number.
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
     if argv is None:
         # supervisord passes UTF-8, and the locale here may be another.
         argv = [os.fsencode(text).decode('utf-8', 'surrogateescape') for text in sys.argv[1:]]
@@ -97,16 +101,25 @@ def command(program: str, usage: str, table: Sequence[Option],
         sys.stdout.reconfigure(errors='backslashreplace')  # a name may hold what the locale can't show
     try:
         given, arguments = read_argv(argv, table)
+        status = 0
         if 'help' in given:
             sys.stdout.write(usage)
-            return 0
-        if 'version' in given:
+        elif 'version' in given:
             print(program, __version__)
-            return 0
-        return run(build(given, arguments))
+        else:
+            status = run(build(given, arguments))
+        sys.stdout.flush()
+        return status
     except UsageError as why:
         sys.stderr.write("%s: %s; try '%s --help'\n" % (program, one_line(why), program))
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except OSError as why:
+        if why.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what was printed can't be, at the exit neither
+        return 1
 
 
 def parse_size(text: str) -> int:

@@ -5,8 +5,10 @@ needed: it costs 15 MB and 40 ms.
 """
 from __future__ import annotations
 
+import marshal
 import os
 import signal
+import sys
 import time
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
@@ -152,6 +154,39 @@ class Supervisor:
     def get_processes(self) -> List[Process]:
         return [make_process(info) for info in self.call('getAllProcessInfo')]
 
+    def get_processes_in_child(self, timeout_seconds: int) -> List[Process]:
+        """Return what get_processes does; its imports cost 15 MB, which a child takes with it when it ends.
+
+        This is for a listener that may never need supervisord again.
+        """
+        if 'supervisor.childutils' in sys.modules:
+            return self.get_processes()  # they are paid for
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                signal.alarm(timeout_seconds)
+                with os.fdopen(writer, 'wb') as pipe:
+                    pipe.write(marshal.dumps(self._get_processes_or_reason()))
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, 'rb') as pipe:
+            answer = pipe.read()
+        os.waitpid(child, 0)
+        if not answer:
+            raise CantTell('supervisord did not answer within %d s' % timeout_seconds)
+        processes, reason = marshal.loads(answer)
+        if reason:
+            raise CantTell(reason)
+        return [Process(*fields) for fields in processes]
+
+    def _get_processes_or_reason(self) -> Tuple[List[Tuple[Any, ...]], str]:
+        try:
+            return [tuple(process) for process in self.get_processes()], ''
+        except (CantTell, Refused) as why:
+            return [], str(why)
+
     def get_process(self, namespec: str) -> Process:
         return make_process(self.call('getProcessInfo', namespec))
 
@@ -192,6 +227,7 @@ class NameCheck:
     """Tells once of each name that means no process."""
 
     RETRY_SECONDS = 60
+    TIMEOUT_SECONDS = 5
 
     def __init__(self, names: Iterable[Name], supervisor: Supervisor, log: Log) -> None:
         self._names = list(names)
@@ -205,23 +241,14 @@ class NameCheck:
         self._names = []
 
     def check_in_child(self) -> None:
-        """Ask supervisord, in a child that takes the 15 MB this needs with it when it ends."""
+        """Ask supervisord without the 15 MB that this needs; where it can't tell, a minute later again."""
         if not self._names or time.monotonic() < self._next_try:
             return
         self._next_try = time.monotonic() + self.RETRY_SECONDS
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                signal.alarm(5)
-                self.check(self._supervisor.get_processes())
-                status = 0
-            except (CantTell, Refused):
-                pass
-            finally:
-                os._exit(status)
-        if os.waitpid(child, 0)[1] == 0:
-            self._names = []
+        try:
+            self.check(self._supervisor.get_processes_in_child(self.TIMEOUT_SECONDS))
+        except (CantTell, Refused):
+            pass
 
 
 # What became of a restart.

@@ -156,7 +156,8 @@ class Supervisord:
     """A real supervisord in a folder, with the programs and listeners of a configuration.
 
     server are further lines of the http server's section; without own_server and interface, the text has
-    the sections for these itself, or does without. In the text, %(here)s is the folder, and PYTHON and BIN are the tested Python and its scripts' folder.
+    the sections for these itself, or does without. In the text, %(here)s is the folder, and PYTHON and BIN
+    are the tested Python and its scripts' folder.
     """
 
     def __init__(self, folder: Path, sections: str, server: str = '', interface: bool = True, own_server: bool = True,

@@ -603,3 +603,39 @@ def test_commands_leave_nothing_behind() -> None:
     assert sorted(os.listdir('/proc/self/fd')) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_signal_while_a_command_is_being_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A signal after the fork must not leave the command behind: it is killed, and then the listener ends."""
+    started: List[int] = []
+    real = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+
+    def execute_child(process: Any, *arguments: Any) -> None:
+        real(process, *arguments)
+        started.append(process.pid)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(listener, '_ending', False)
+    monkeypatch.setattr(subprocess.Popen, '_execute_child', execute_child)
+    before = signal.signal(signal.SIGTERM, listener._end)
+    try:
+        with pytest.raises(listener.Ended):
+            listener.run_command(['sleep', '1000'], lambda: 1000.0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started and not is_alive(started[0])
+
+
+def test_uninterrupted_blocks_nest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, '_ending', False)
+    before = signal.signal(signal.SIGTERM, listener._end)
+    reached = []
+    try:
+        with pytest.raises(listener.Ended):
+            with listener.uninterrupted():
+                with listener.uninterrupted():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                reached.append('after the inner block')
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reached

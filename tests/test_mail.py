@@ -1079,3 +1079,38 @@ def test_loopback_by_every_address(addresses: List[str], expected: bool, monkeyp
         return [(socket.AF_INET6, socket.SOCK_STREAM, 6, '', (address, 0, 0, 0)) for address in addresses]
     monkeypatch.setattr(socket, 'getaddrinfo', look_up)
     assert mail._is_loopback('mail.example.com') is expected
+
+
+def test_mail_that_can_not_be_composed_does_not_stop_the_others(
+        make_outbox: Make, inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mail.compose
+
+    def compose_or_fail(settings: mail.Settings, program: str, message: mail.Mail) -> EmailMessage:
+        if message.subject == 'bad':
+            raise LookupError
+        return real(settings, program, message)
+
+    monkeypatch.setattr(mail, 'compose', compose_or_fail)
+    outbox = make_outbox(inbox.command)
+    outbox.put('bad', '')
+    outbox.lines.wait('unable to send mail "bad"')
+    outbox.put('good', '')
+    assert inbox.wait(1) == ['good']
+
+
+def test_close_tells_what_a_thread_that_never_began_left(make_outbox: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, 'start', interrupted)
+    outbox = make_outbox()
+    with pytest.raises(KeyboardInterrupt):
+        outbox.put('a subject', '')
+    outbox.close()
+    assert outbox.lines == ['dropped mail "a subject": crashmail ends']
+
+
+def test_long_subject_stays_on_its_line() -> None:
+    subject = 'httpok: http://localhost:8080/%s: bad status returned' % ('x' * 200)
+    data = compose(subject)
+    assert ('Subject: %s\n' % subject).encode() in data

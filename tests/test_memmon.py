@@ -297,7 +297,7 @@ startsecs=0
 [group:bar]
 programs=barfoo,x
 [program:stubborn]
-command=sh -c 'trap "" TERM; while [ ! -e %(here)s/end ]; do sleep 0.05; done'
+command=sh -c 'trap "" TERM; touch %(here)s/deaf; while [ ! -e %(here)s/end ]; do sleep 0.05; done'
 startsecs=0
 autostart=false
 [program:off]
@@ -420,12 +420,21 @@ def test_own_pool_is_left_alone(world: World) -> None:
         assert world.find_restarted() == ['web:web', 'foo:foo']
 
 
-def test_stopping_process_is_left_alone(world: World, supervisord: Supervisord) -> None:
-    end = supervisord.folder / 'end'
-    end.unlink() if end.exists() else None
+def begin_to_stop(world: World, supervisord: Supervisord) -> Path:
+    """Make a process STOPPING, until the file of the returned name is there."""
+    end, deaf = supervisord.folder / 'end', supervisord.folder / 'deaf'
+    for path in (end, deaf):
+        if path.exists():
+            path.unlink()
     supervisord.rpc.startProcess('stubborn')
+    wait_for(deaf.exists)
     world.pids['stubborn'] = supervisord.info('stubborn')['pid']
     supervisord.rpc.stopProcess('stubborn', False)
+    return end
+
+
+def test_stopping_process_is_left_alone(world: World, supervisord: Supervisord) -> None:
+    end = begin_to_stop(world, supervisord)
     supervisord.wait_for_state('stubborn', 'STOPPING')
     world.show({'stubborn': HELD_KIB})
     try:
@@ -501,7 +510,7 @@ def test_cumulative_counts_descendants(world: World) -> None:
     with world.memmon('-a', '200KB', '-c') as listener:
         tick(listener)
         assert world.find_restarted() == ['web:web']
-        assert 'pid %d: 210.0KB, over' % world.pids['web:web'] in listener.log
+        listener.wait_for_log('pid %d: 210.0KB, over' % world.pids['web:web'])
 
 
 def test_cumulative_finds_a_real_child(tmp_path: Path) -> None:
@@ -699,7 +708,7 @@ def test_process_left_down_is_started_when_the_listener_ends(world: World) -> No
 
 def test_tick_from_before_the_end_of_a_restart_is_skipped(world: World) -> None:
     with world.memmon('-a', '100KB') as listener:
-        sent = time.time()
+        sent = time.time() - 1
         world.show({'web:web': HELD_KIB})
         tick(listener)
         world.show({'foo:foo': HELD_KIB})
@@ -781,11 +790,7 @@ def test_once_finds_a_fault_and_does_nothing(world: World) -> None:
 
 
 def test_once_says_that_a_stopping_process_would_be_left_alone(world: World, supervisord: Supervisord) -> None:
-    end = supervisord.folder / 'end'
-    end.unlink() if end.exists() else None
-    supervisord.rpc.startProcess('stubborn')
-    world.pids['stubborn'] = supervisord.info('stubborn')['pid']
-    supervisord.rpc.stopProcess('stubborn', False)
+    end = begin_to_stop(world, supervisord)
     world.show({'stubborn': HELD_KIB})
     try:
         printed = look_at(world, '-a', '100KB')

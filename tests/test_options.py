@@ -389,3 +389,33 @@ def test_usage_error_whatever_the_locale() -> None:
 ])
 def test_memmon(arguments: List[str], status: int, out: str, err: str) -> None:
     assert run_process('-m', 'superlance.memmon', *arguments) == (status, out.encode(), err.encode())
+
+
+@pytest.mark.parametrize('arguments, redirection, status', [
+    ('--help', '>&-', 0),
+    ('--help', '>/dev/full', 1),
+    ('--version', '>/dev/full', 1),
+    ('--help', '| true', 0),
+    ('--once -p web', '2>&-', 2),
+    ('--bad', '>&- 2>&-', 2),
+])
+def test_output_that_nobody_takes(arguments: str, redirection: str, status: int) -> None:
+    done = subprocess.run('exec 3>&2; "%s" -m superlance.memmon %s %s' % (sys.executable, arguments, redirection),
+                          shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, b'Traceback' in done.stderr) == (status, False), done.stderr
+
+
+def test_interrupt_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    assert command('memmon', 'usage', (), lambda given, arguments: None, interrupted, []) == 130
+    assert capsys.readouterr().err == ''
+
+
+def test_other_faults_are_not_hidden() -> None:
+    def fail(options: object) -> int:
+        raise PermissionError('a bug')
+
+    with pytest.raises(PermissionError):
+        command('memmon', 'usage', (), lambda given, arguments: None, fail, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import socket
 import time
 from pathlib import Path
@@ -231,6 +232,9 @@ def test_find_supervisor_by_a_bad_configuration(tmp_path: Path, text: Optional[s
 
 # Names that mean nothing are told.
 
+REAL_MONOTONIC = time.monotonic
+
+
 def test_name_check_tells_once() -> None:
     lines: List[str] = []
     names = NameCheck([parse_name('wbe')], Supervisor({}), lines.append)
@@ -240,6 +244,13 @@ def test_name_check_tells_once() -> None:
     assert lines == ['no process is called wbe']
 
 
+@pytest.fixture
+def unpaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """supervisor.childutils has not been imported yet."""
+    monkeypatch.delitem(sys.modules, 'supervisor.childutils')
+
+
+@pytest.mark.usefixtures('unpaid')
 def test_name_check_in_child(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     children = find_children(os.getpid())
     with Supervisord(tmp_path, PROGRAM) as supervisord, Proxy(tmp_path / 'p.sock', supervisord.socket, {}) as proxy:
@@ -254,6 +265,7 @@ def test_name_check_in_child(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().err.count('no process is called wbe') == 1
 
 
+@pytest.mark.usefixtures('unpaid')
 def test_name_check_in_child_without_supervisord(tmp_path: Path, capfd: pytest.CaptureFixture[str],
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     children = find_children(os.getpid())
@@ -269,11 +281,34 @@ def test_name_check_in_child_without_supervisord(tmp_path: Path, capfd: pytest.C
         clock[0] += 2
         names.check_in_child()
         assert len(proxy.calls) == 2
-        monkeypatch.undo()
+        monkeypatch.setattr(time, 'monotonic', REAL_MONOTONIC)
         assert set(find_children(os.getpid())) <= {*children, supervisord.pid}
     assert capfd.readouterr().err.count('no process is called wbe') == 1
 
 
+@pytest.mark.usefixtures('unpaid')
+def test_processes_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = find_children(os.getpid())
+    with Supervisord(tmp_path, PROGRAM + PROGRAM.replace('web', 'größe')) as supervisord:
+        supervisor = Supervisor(supervisord.environment)
+        by_child = supervisor.get_processes_in_child(20)
+        assert 'supervisor.childutils' not in sys.modules
+        assert [process.namespec for process in by_child] == ['größe:größe', 'web:web']
+        assert [process._replace(now=0) for process in supervisor.get_processes()] == [
+            process._replace(now=0) for process in by_child]
+        assert set(find_children(os.getpid())) <= {*children, supervisord.pid}
+        # Once the imports are paid for there is no child.
+        monkeypatch.setattr(os, 'fork', None)
+        assert len(supervisor.get_processes_in_child(20)) == 2
+
+
+@pytest.mark.usefixtures('unpaid')
+def test_child_that_can_not_tell(tmp_path: Path) -> None:
+    with pytest.raises(CantTell, match='supervisord at unix://.* does not answer getAllProcessInfo: No such file'):
+        Supervisor({'SUPERVISOR_SERVER_URL': 'unix://%s/none' % tmp_path}).get_processes_in_child(20)
+
+
+@pytest.mark.usefixtures('unpaid')
 def test_name_check_in_child_with_a_supervisord_that_hangs(tmp_path: Path) -> None:
     children = find_children(os.getpid())
     asked: List[int] = []
