@@ -277,14 +277,14 @@ def find_session(leader_pid: int) -> List[int]:
     """Return the pids of the processes in a session; supervisord's programs stay in supervisord's."""
     if os.path.exists('/proc/self/stat'):
         pids = [int(name) for name in os.listdir('/proc') if name.isdecimal()]
-    else:
+    else:  # pragma: no cover  Linux has /proc
         pids = list(map(int, subprocess.check_output(['ps', '-A', '-o', 'pid=']).split()))
     found = []
     for pid in pids:
         try:
             if os.getsid(pid) == leader_pid:
                 found.append(pid)
-        except OSError:
+        except OSError:  # pragma: no cover  a race
             pass  # it has ended since
     return found
 
@@ -304,7 +304,7 @@ def end_supervisord(supervisord: subprocess.Popen[bytes]) -> List[int]:
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
-            except OSError:
+            except OSError:  # pragma: no cover  a race
                 pass  # it has ended since
         time.sleep(0.05)
         supervisord.poll()
@@ -344,11 +344,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print((__doc__ or '').strip() if asked else 'the demo takes no arguments: python -m superlance.demo',
               file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper):  # pragma: no branch  only a test's own stdout is none
         sys.stdout.reconfigure(errors='backslashreplace')
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:   # which is nohup's doing
-            signal.signal(signum, _note_signal)
+        signal.signal(signum, _note_signal)
     try:
         return run()
     except OSError as why:

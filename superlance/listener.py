@@ -249,16 +249,15 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
     try:
         # A signal that came after the fork, but before Popen has returned, would leave the command behind.
         with uninterrupted() if threading.current_thread() is threading.main_thread() else nullcontext():
-            process = subprocess.Popen(
-                encoded, shell=isinstance(command, str), env=environment, start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            try:
+                process = subprocess.Popen(
+                    encoded, shell=isinstance(command, str), env=environment, start_new_session=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            except (OSError, ValueError) as why:  # ValueError: a null byte in the command
+                raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
         failure = _attend(process, message, seconds_left, output)
-    except (OSError, ValueError) as why:  # ValueError: a null byte in the command
-        if process:
-            raise
-        raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
     finally:
-        if process:
+        if process:  # pragma: no branch  where it was not started there is nothing to do but to fail
             if process.poll() is None:
                 _kill(process)
             for pipe in filter(None, (process.stdin, process.stdout)):

@@ -164,12 +164,7 @@ class Supervisor:
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            try:
-                signal.alarm(timeout_seconds)
-                with os.fdopen(writer, 'wb') as pipe:
-                    pipe.write(marshal.dumps(self._get_processes_or_reason()))
-            finally:
-                os._exit(0)
+            self._answer_in_child(writer, timeout_seconds)  # pragma: no cover  coverage loses this frame at the fork
         os.close(writer)
         with os.fdopen(reader, 'rb') as pipe:
             answer = pipe.read()
@@ -181,11 +176,17 @@ class Supervisor:
             raise CantTell(reason)
         return [Process(*fields) for fields in processes]
 
-    def _get_processes_or_reason(self) -> Tuple[List[Tuple[Any, ...]], str]:
+    def _answer_in_child(self, writer: int, timeout_seconds: int) -> None:
         try:
-            return [tuple(process) for process in self.get_processes()], ''
-        except (CantTell, Refused) as why:
-            return [], str(why)
+            signal.alarm(timeout_seconds)
+            try:
+                answer: Tuple[List[Tuple[Any, ...]], str] = [tuple(process) for process in self.get_processes()], ''
+            except (CantTell, Refused) as why:
+                answer = [], str(why)
+            with os.fdopen(writer, 'wb') as pipe:
+                pipe.write(marshal.dumps(answer))
+        finally:
+            os._exit(0)
 
     def get_process(self, namespec: str) -> Process:
         return make_process(self.call('getProcessInfo', namespec))

@@ -213,3 +213,23 @@ def test_arguments_are_refused_and_help_is_printed() -> None:
     refused, helped = run('fast'), run('--help')
     assert (refused.returncode, refused.stdout) == (2, '') and refused.stderr.count('\n') == 1
     assert (helped.returncode, helped.stderr) == (0, '') and helped.stdout.startswith('Usage: python -m superlance')
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    with open('/dev/full', 'wb') as full, Demo(tmp_path, stdout=full) as demo:
+        assert demo.process.wait(LIMIT_SECONDS) == 1
+        assert demo.errors == 'the demo ended early: [Errno 28] No space left on device\n'
+        assert os.listdir(str(demo.tmpdir)) == []
+
+
+def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
+    text = 'from superlance import demo; demo.DEADLINE_SECONDS = 0; raise SystemExit(demo.main([]))'
+    folder = tempfile.mkdtemp(dir='/tmp')
+    try:
+        done = subprocess.run([PYTHON, '-c', text], env=dict(os.environ, TMPDIR=folder), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, universal_newlines=True, timeout=LIMIT_SECONDS)
+        assert os.listdir(folder) == []
+    finally:
+        shutil.rmtree(folder)
+    assert done.returncode == 1
+    assert 'that was not all, but 0 s are over' in done.stdout and 'NOT done: never restarted leaky' in done.stdout

@@ -248,7 +248,7 @@ def test_supervisord_that_hangs_and_goes_on(rig: Rig) -> None:
             listener.expect(b'READY\n')
             listener.send_event('TICK_5', 'when:%d' % time.time())
             # It has connected when the backlog of supervisord's socket holds it.
-            wait_for(lambda: find_socket(listener.pid))
+            wait_for(lambda: any(map(find_socket, [listener.pid, *find_children(listener.pid)])))
             os.kill(rig.supervisord.pid, signal.SIGCONT)
             listener.expect(b'RESULT 2\nOK')
             listener.wait_for_log('restarted web')
@@ -265,7 +265,11 @@ def find_socket(pid: int) -> bool:
             return os.readlink(str(link))
         except OSError:
             return ''
-    return any(target(link).startswith('socket:') for link in Path('/proc/%d/fd' % pid).iterdir())
+    folder = '/proc/%d/fd' % pid
+    try:
+        return any(target(Path(folder, name)).startswith('socket:') for name in os.listdir(folder))
+    except OSError:
+        return False    # it has ended since
 
 
 # Restarts that fail.

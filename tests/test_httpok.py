@@ -1526,7 +1526,7 @@ def test_once_that_finds_a_fault(answer: Answer, argv: List[str], lines: List[st
 
 
 def test_once_in_the_c_locale() -> None:
-    environment = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    environment = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='')
     with Site(reply('grün'.encode('utf-8'))) as site:
         status, out, err = run_once('-b', 'grün', site.url(), environment=environment)
     assert (status, err) == (0, '')

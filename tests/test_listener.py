@@ -21,7 +21,7 @@ from superlance.listener import (
     CommandFailed, Event, ProtocolError, one_line, parse_tokens, printable, read_event, run_command, timestamp)
 from support import PYTHON, TIMEOUT, is_alive, read, wait_for
 
-ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
 
 
 def run_script(text: str, environment: Optional[Dict[str, str]] = None, **options: Any) -> subprocess.CompletedProcess[

@@ -352,7 +352,7 @@ def show(given):
 raise SystemExit(command('tester', 'usage', [Option('n', 'name', str), Option('', 'size', int)],
                          lambda given, arguments: given, show, None))
 '''
-FOREIGN = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+FOREIGN = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
 
 
 def run_process(*arguments: Union[str, bytes]) -> Tuple[int, bytes, bytes]:
