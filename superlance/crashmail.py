@@ -337,7 +337,7 @@ class Crashmail:
                 self._tell(crash, event.server)
 
     def _tell(self, crash: Crash, server: str) -> None:
-        self._log('%s: %s' % (crash.program, crash.text))
+        self._log(crash.text)
         self._server = server
         report = Report(crash, self._last_words.fetch(crash) if self._last_words else '')
         if self._digest:

@@ -239,7 +239,7 @@ def test_a_bad_payload_is_acknowledged(name: str, payload: str) -> None:
     assert 'Traceback' not in log
     if name == 'crashmail':
         told, crash = log.splitlines()
-        assert 'unable to read a PROCESS_STATE_EXITED event: ' in told and 'web: ' in crash
+        assert 'unable to read a PROCESS_STATE_EXITED event: ' in told and 'program web' in crash
 
 
 @every_command
@@ -445,7 +445,7 @@ def test_crashes_of_watched_processes_are_told(options: List[str], expected: Lis
         inbox.wait(len(expected))
         assert command.close() == 0
     logged = ['%s:%s' % (group, program) for program, group in re.findall(
-        r'crashmail: \S+: program (\S+) of group (\S+) \(pid 123\)', command.log)]
+        r'crashmail: program (\S+) of group (\S+) \(pid 123\)', command.log)]
     told = [re.findall(r'program (\S+) of group (\S+) \(pid 123\)', mail.get_content())[0] for mail in inbox.mails]
     assert logged == ['%s:%s' % (group, program) for program, group in told] == expected
 
@@ -490,8 +490,8 @@ def test_without_a_recipient_a_crash_is_logged_and_nobody_gets_mail(tmp_path: Pa
         assert command.close() == 0
     crash, fatal = command.log.splitlines()
     assert crash.endswith(
-        ' crashmail: web: program web of group web (pid 123) was RUNNING and exited unexpectedly')
-    assert fatal.endswith(' crashmail: web: supervisord has given up starting program web of group site, '
+        ' crashmail: program web of group web (pid 123) was RUNNING and exited unexpectedly')
+    assert fatal.endswith(' crashmail: supervisord has given up starting program web of group site, '
                           'which was BACKOFF and is FATAL now')
     assert not list(tmp_path.iterdir())
 
@@ -510,7 +510,7 @@ def test_a_slow_mail_command_holds_up_no_event_and_loses_none(tmp_path: Path) ->
         assert command.close() == 0
     names = ['web%d' % number for number in range(200)]
     assert [subject.split()[0] for subject in inbox.subjects] == names
-    assert re.findall(r'crashmail: (\S+): program', command.log) == names
+    assert re.findall(r'crashmail: program (\S+) of', command.log) == names
 
 
 # The end.

@@ -130,7 +130,7 @@ def test_three_jobs_are_done_wherever_the_folder_is(tmp_path: Path, name: str, i
         assert demo.jobs == ['memmon done', 'httpok done', 'crashmail done']
         for text in (r'httpok +http://\S+: status 200 in ', r'httpok +http://\S+: no complete reply within 2 s',
                      r'httpok +restarted hanging', r"supervisord +spawned: 'hanging'", r'memmon +restarted leaky \(pid',
-                     r'crashmail +crashing: program crashing', r'\| Subject: httpok: http://\S+: bad status returned',
+                     r'crashmail +program crashing', r'\| Subject: httpok: http://\S+: bad status returned',
                      r'\| Subject: memmon: process leaky restarted', r'\| Subject: crashing crashed at ',
                      r'\|   ZeroDivisionError'):
             assert re.search(text, demo.output), '%s in %s' % (text, demo.output)

@@ -49,6 +49,13 @@ def test_help_fits_a_terminal_and_has_an_example(name: str) -> None:
     assert '[eventlistener:%s]\n    command=%s ' % (name, name) in usage
 
 
+def test_tests_named_exist() -> None:
+    named = set(re.findall(r'``(test_\w+)``', section('What it survives')))
+    defined = set(re.findall(r'^def (test_\w+)\(', ''.join(
+        path.read_text('utf-8') for path in (ROOT / 'tests').glob('test_*.py')), re.M))
+    assert len(named) > 30 and named <= defined, named - defined
+
+
 def test_version_and_changes() -> None:
     assert re.search(r'^%s ' % re.escape(__version__), (ROOT / 'CHANGES.txt').read_text('utf-8'), re.M)
 
