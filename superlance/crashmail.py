@@ -9,7 +9,7 @@ supervisord has given up starting a process:
     events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
     buffer_size=1000
 
-What to watch; none of both is the same as -a
+What to watch; neither is the same as -a
   -p, --program=NAME          NAME (program, group:program or group:*); may be
                               repeated
   -a, --any                   every process of supervisord
@@ -31,7 +31,7 @@ Mail:
       --from=ADDR             the sender
 
 By hand:
-      --once                  send a test mail now, and print what the mail
+      --once                  send a test mail to -m, and print what the mail
                               command or the server said; exit status 1 if it
                               was not taken
       --configuration=FILE    for --once: the supervisord.conf to find
@@ -48,7 +48,8 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from superlance import mail
 from superlance.listener import Event, listen, make_log, parse_tokens, timestamp, uninterrupted
-from superlance.options import COMMON, Given, Option, UsageError, command, parse_count, parse_text, parse_timeout
+from superlance.options import (
+    COMMON, Given, Option, UsageError, command, parse_count, parse_text, parse_timeout, without_password)
 from superlance.processes import (
     CantTell, Name, NameCheck, Refused, Supervisor, find_supervisor, make_process, parse_name)
 
@@ -85,7 +86,8 @@ class Options(NamedTuple):
 
 def build_options(given: Given, arguments: List[str]) -> Options:
     if arguments:
-        raise UsageError('unexpected argument %r; crashmail takes options only' % arguments[0])
+        raise UsageError('unexpected argument %r; crashmail takes options only'
+                         % without_password(arguments[0]))
     if 'once' in given and 'email' not in given:
         raise UsageError('option --once: it sends a test mail; say to whom with -m')
     prefix = given.last('optionalheader')
@@ -165,6 +167,25 @@ class LastWords:
     def fetch(self, crash: Crash) -> str:
         """Return the lines, or why there are none; takes a few seconds at most."""
         namespec = '%s:%s' % (crash.group, crash.program)
+        parts, trouble = self._read_both(namespec)
+        try:
+            known = self._paths.get(namespec)
+            info = self._ask('getProcessInfo', namespec)
+            self._add_paths(info)
+            if known not in (None, self._paths[namespec]):
+                parts, trouble = self._read_both(namespec)  # `supervisorctl update` has changed its logs
+            current = make_process(info)
+            if parts and current.pid and str(current.pid) != crash.pid:
+                parts.append('\nIt has been started again since (pid %d); a line at the very end may be of that one.'
+                             % current.pid)
+        except (CantTell, Refused) as why:
+            trouble = trouble or str(why)
+        if trouble:
+            parts.append('\nsupervisord can not be asked for more of its log: %s' % trouble)
+        return '\n'.join(parts) or '\nIt has written nothing to a log.'
+
+    def _read_both(self, namespec: str) -> Tuple[List[str], str]:
+        """Return what is told of each log, and why it could not be read or ''."""
         parts = []
         trouble = ''
         for channel in ('stdout', 'stderr'):
@@ -177,16 +198,7 @@ class LastWords:
                 lines = text.rstrip('\n').split('\n')[-self._lines:]
                 parts.append('\nThe last lines of its %s log:\n%s' % (
                     channel, '\n'.join('  ' + line for line in lines)))
-        try:
-            current = make_process(self._ask('getProcessInfo', namespec))
-            if parts and current.pid and str(current.pid) != crash.pid:
-                parts.append('\nIt has been started again since (pid %d); a line at the very end may be of that one.'
-                             % current.pid)
-        except (CantTell, Refused) as why:
-            trouble = trouble or str(why)
-        if trouble:
-            parts.append('\nsupervisord can not be asked for more of its log: %s' % trouble)
-        return '\n'.join(parts) or '\nIt has written nothing to a log.'
+        return parts, trouble
 
     def _read(self, namespec: str, channel: str) -> str:
         """Return the end of a log, '' if there is none. Raises CantTell and Refused."""
@@ -196,7 +208,8 @@ class LastWords:
         if not path:
             return ''
         try:
-            if os.path.isfile(path):  # and no terminal or pipe, as /dev/stdout is
+            # Not a terminal or a pipe, as /dev/stdout is, nor relative to a directory that only supervisord knows.
+            if os.path.isabs(path) and os.path.isfile(path):
                 with open(path, 'rb') as file:
                     status = os.fstat(file.fileno())
                     start, end = self._pass_on(path, status.st_ino, status.st_size)
@@ -293,9 +306,14 @@ class Digest:
             self._send_held()
 
     def _wait(self) -> None:
-        self._timer = threading.Timer(self._interval_seconds, self._end_interval)
-        self._timer.daemon = True
-        self._timer.start()
+        timer = threading.Timer(self._interval_seconds, self._end_interval)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError:
+            self._timer = None  # there is no thread to be had: the next crash is mailed at once
+        else:
+            self._timer = timer
 
     def _end_interval(self) -> None:
         with self._lock:
@@ -333,7 +351,8 @@ class Crashmail:
             self._log(str(why))
             return
         if crash and self._is_watched(crash):
-            with uninterrupted():
+            # The event is acknowledged before the listener ends, or it would come once more.
+            with uninterrupted(raising=False):
                 self._tell(crash, event.server)
 
     def _tell(self, crash: Crash, server: str) -> None:

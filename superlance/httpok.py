@@ -7,7 +7,7 @@ did. It runs as an event listener of supervisor, subscribed to a TICK event:
     command=httpok -p web -m bob@example.com http://localhost:8080/health
     events=TICK_60
 
-What to restart when the URL fails; none of both: check and mail only
+What to restart when the URL fails; neither: check and mail only
   -p, --program=NAME          NAME (program, group:program or group:*); may be
                               repeated
   -a, --any                   every RUNNING process of supervisord
@@ -303,9 +303,10 @@ class BoundedSocket(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._file = io.BufferedReader(self)    # one for all responses, as it may hold some of the next
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
+    def makefile(self, mode: str) -> Any:
+        return self._file
 
     def sendall(self, data: bytes) -> None:
         self._sock.settimeout(self._deadline.seconds_left())
@@ -334,7 +335,7 @@ class Resolver:
         self._answer: Union[List[Any], OSError] = []
 
     def resolve(self, host: str, port: int, deadline: Deadline) -> List[Any]:
-        """Return what getaddrinfo does. Raises OSError and CheckFailed."""
+        """Return what getaddrinfo does. Raises OSError, CheckFailed and CantTell."""
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:
@@ -342,8 +343,12 @@ class Resolver:
         while True:
             is_earlier = self._thread is not None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look_up, args=(host, port), daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._look_up, args=(host, port), daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as why:
+                    raise CantTell('unable to look up %s: %s' % (host, why))
+                self._thread = thread
             self._thread.join(deadline.seconds_left())
             if self._thread.is_alive():
                 raise CheckFailed('the address of %s was not found in time' % host)
@@ -408,7 +413,7 @@ def _open_socket(family: int, address: Any, timeout_seconds: float) -> socket.so
 
 def fetch(options: Options, resolver: Resolver) -> Reply:
     """Ask the URL. Raises CheckFailed."""
-    from http.client import HTTPConnection, HTTPException
+    from http.client import HTTPConnection, HTTPException, HTTPResponse
 
     target = options.target
     deadline = Deadline(options.timeout_seconds)
@@ -420,12 +425,17 @@ def fetch(options: Options, resolver: Resolver) -> Reply:
             with sock:
                 # Without a port, http.client would look for one in an IPv6 address.
                 connection = HTTPConnection(target.host, target.port)
-                connection.sock = BoundedSocket(sock, deadline)
+                bounded = connection.sock = BoundedSocket(sock, deadline)
                 connection.putrequest('GET', target.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in make_headers(options):
                     connection.putheader(name, value.encode('utf-8'))
                 connection.endheaders()
                 reply = connection.getresponse()
+                while 101 < reply.status < 200 and reply.status not in options.statuses:
+                    # As 103, Early Hints: the final one follows (RFC 9110, 15.2). http.client knows 100 only.
+                    setattr(reply, 'fp', None)  # or its end would close the file for the next
+                    reply = HTTPResponse(bounded, method='GET')  # type: ignore[arg-type]
+                    reply.begin()
                 has_text = reply.status in options.statuses and read_body(reply, options.body)
                 return Reply(reply.status, one_line(reply.reason[:200]), has_text, deadline.seconds_taken())
     except socket.timeout:
@@ -561,7 +571,11 @@ class Httpok:
             if self._options.verbose:
                 self._log('%s is not checked: %s' % (self._options.target.shown, reason))
             return
-        reply, verdict = check(self._options, self._resolver)
+        try:
+            reply, verdict = check(self._options, self._resolver)
+        except CantTell as why:
+            self._log('unable to check %s: %s' % (self._options.target.shown, why))
+            return
         if verdict.text:
             self._failures += 1
             self._log('%s: %s%s' % (
@@ -586,7 +600,8 @@ class Httpok:
                 and any(name.means(process.group, process.program) for name in self._options.names)]
 
     def _is_young(self, process: Process) -> bool:
-        return process.uptime_seconds < self._options.grace_seconds
+        # A start in the future is none to wait for: the clock was set back.
+        return 0 <= process.now - process.start < self._options.grace_seconds
 
     def _find_reason_to_wait(self) -> str:
         """Return why the URL need not be asked now, or ''. Raises CantTell and Refused."""
@@ -645,11 +660,12 @@ class Httpok:
 
     def _retry(self) -> bool:
         self._outcomes = []
-        restarted = self._restarter.retry()
-        for outcome in self._outcomes:
-            if outcome.result in SUBJECTS:
-                self._mail(SUBJECTS[outcome.result] % outcome.process.title, [outcome.text])
-        return restarted
+        try:
+            return self._restarter.retry()
+        finally:
+            for outcome in self._outcomes:
+                if outcome.result in SUBJECTS:
+                    self._mail(SUBJECTS[outcome.result] % outcome.process.title, [outcome.text])
 
     def _note(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)

@@ -78,18 +78,21 @@ def make_log(program: str) -> Log:
 
 _ending = False
 _uninterrupted = False
+_status = 0
 
 
 def _end(signum: int, frame: object) -> None:
-    global _ending
+    global _ending, _status
     first, _ending = not _ending, True
+    if signum not in (signal.SIGTERM, signal.SIGINT):
+        _status = 128 + signum  # not meant to end a listener, so supervisord shall start it anew
     if first and not _uninterrupted:
         raise Ended
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the listener only after this block."""
+def uninterrupted(raising: bool = True) -> Iterator[None]:
+    """Let a signal end the listener only after this block, or without raising after the event."""
     global _uninterrupted
     ending_before, outer = _ending, _uninterrupted
     _uninterrupted = True
@@ -97,7 +100,7 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         _uninterrupted = outer
-    if _ending and not (ending_before or outer):
+    if raising and _ending and not (ending_before or outer):
         raise Ended
 
 
@@ -190,8 +193,9 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
             "to try it from the shell: '%s --once'; the README has examples\n" % (program, program))
         return 1
     events, results = take_streams()
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGINT, _end)
+    # The others would end it too, in the middle of a restart.
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, _end)
     status = 0
     try:
         try:
@@ -207,7 +211,7 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
         pass
     finally:
         finish()
-    return status
+    return status or _status
 
 
 def _serve(handle: Callable[[Event], None], events: TextIO, results: int) -> None:

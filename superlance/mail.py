@@ -104,7 +104,7 @@ def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
     """Return the message for a mail."""
     from email.message import EmailMessage
     from email.policy import default
-    from email.utils import formatdate, make_msgid
+    from email.utils import formatdate
     from socket import gethostname
 
     host = printable(gethostname())
@@ -119,7 +119,8 @@ def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
     # email.message would decode an encoded word (RFC 2047), and write a line end in it as such.
     message['Subject'] = one_line(mail.subject).replace('=?', '= ?')
     message['Date'] = formatdate(mail.written, localtime=True)
-    message['Message-ID'] = make_msgid(domain=domain)
+    # The same at every try, so that what was taken twice is known for one.
+    message['Message-ID'] = '<%d.%d.%s@%s>' % (mail.written * 1000000, os.getpid(), program, domain)
     message['Auto-Submitted'] = 'auto-generated'
     lines = [printable(line.expandtabs().rstrip()) for line in mail.body.split('\n')]
     origin = '%s on %s' % (program, host)
@@ -143,11 +144,12 @@ def send(settings: Settings, message: EmailMessage, seconds_left: Callable[[], f
         output = run_command(settings.sendmail, seconds_left, message.as_bytes())
     except CommandFailed as why:
         raise SendFailed(str(why))
-    return one_line(output.decode('utf-8', 'replace'))
+    return one_line(output[-2000:].decode('utf-8', 'replace'))
 
 
 def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
     import smtplib
+    import socket
     import ssl
     from contextlib import closing, suppress
 
@@ -158,16 +160,34 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     timeout = max(0.1, seconds_left())
+    smtp = smtplib.SMTP_SSL(timeout=timeout, context=context) if server.tls else smtplib.SMTP(timeout=timeout)
+    setattr(smtp, '_host', server.host)  # the name that TLS verifies, which only the constructor sets else
+
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        with suppress(OSError):     # it is closed by now
+            if smtp.sock:  # pragma: no branch  else it has not connected yet
+                smtp.sock.shutdown(socket.SHUT_RDWR)
+
+    watch = threading.Timer(timeout, cut)  # smtplib's own timeout is that of each read
+    watch.daemon = True
     try:
-        with closing(smtplib.SMTP_SSL(server.host, server.port, timeout=timeout, context=context) if server.tls
-                     else smtplib.SMTP(server.host, server.port, timeout=timeout)) as smtp:
+        watch.start()
+        with closing(smtp):
+            code, greeting = smtp.connect(server.host, server.port)
+            if code != 220:
+                raise smtplib.SMTPConnectError(code, greeting)
             smtp.ehlo_or_helo_if_needed()
             encrypted = server.tls
             if not encrypted and smtp.has_extn('starttls'):
                 smtp.starttls(context=context)
                 encrypted = True
             if server.user:
-                if not (encrypted or local):
+                # The name was looked up anew to connect, so it is the peer that counts.
+                verified = encrypted and context.verify_mode == ssl.CERT_REQUIRED
+                if not (verified or (smtp.sock and _is_loopback_address(smtp.sock.getpeername()[0]))):
                     raise SendFailed('%s offers no STARTTLS, and the password is not sent without'
                                      % server.host)
                 smtp.login(server.user, server.password)
@@ -179,7 +199,10 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
     except smtplib.SMTPResponseException as why:
         raise SendFailed('%s: %s' % (server.host, _describe_answer(why.smtp_code, why.smtp_error)))
     except (OSError, ValueError) as why:  # ValueError: what smtplib can't put into its protocol
-        raise SendFailed('%s:%d: %s' % (server.host, server.port, one_line(why) or type(why).__name__))
+        reason = (one_line(why) or type(why).__name__) if not late.is_set() else 'timed out'
+        raise SendFailed('%s:%d: %s' % (server.host, server.port, reason))
+    finally:
+        watch.cancel()
     return _describe_refused(refused)
 
 
@@ -194,14 +217,19 @@ def _describe_answer(code: int, text: Union[bytes, str]) -> str:
 
 def _is_loopback(host: str) -> bool:
     """Return whether every address of host is this machine's own."""
-    from ipaddress import ip_address
     from socket import getaddrinfo
 
     try:
-        found = {str(address[0]).partition('%')[0] for *_, address in getaddrinfo(host, None)}
+        found = {str(address[0]) for *_, address in getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return False
-    return bool(found) and all(ip_address(address).is_loopback for address in found)
+    return bool(found) and all(map(_is_loopback_address, found))
+
+
+def _is_loopback_address(address: str) -> bool:
+    from ipaddress import ip_address
+
+    return ip_address(address.partition('%')[0]).is_loopback
 
 
 class Outbox:
@@ -241,8 +269,12 @@ class Outbox:
             self._changed.notify()
             if self._thread is None:
                 thread = threading.Thread(target=self._work, name='outbox', daemon=True)
-                thread.start()
-                self._thread = thread  # not before, since a signal may end the listener in start()
+                try:
+                    thread.start()
+                except RuntimeError as why:
+                    self._log('unable to send mail "%s" before the next one, or the end: %s' % (subject, why))
+                else:
+                    self._thread = thread  # not before, since a signal may end the listener in start()
 
     def close(self) -> None:
         """Give all that waits one last try, for 5 s at most, and tell what is left."""
@@ -252,6 +284,8 @@ class Outbox:
             self._changed.notify()
         if self._thread:
             self._thread.join(CLOSE_SECONDS + 1)
+        else:
+            self._work()
         with self._changed:
             for mail in filter(None, (self._sending, *self._failed, *self._fresh)):
                 self._drop(mail, '%s ends' % self._program)

@@ -54,7 +54,7 @@ from superlance import mail
 from superlance.listener import CommandFailed, Event, Log, listen, make_log, run_command
 from superlance.options import (
     COMMON, Given, Option, Rate, UsageError, command, parse_count, parse_rate, parse_size, parse_time,
-    print_table)
+    print_table, without_password)
 from superlance.processes import (
     CALL_TIMEOUT_SECONDS, DRY_RUN, EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process,
     Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
@@ -124,7 +124,7 @@ class Options(NamedTuple):
 
 def build_options(given: Given, arguments: List[str]) -> Options:
     if arguments:
-        raise UsageError('unexpected argument %r; memmon takes options only' % arguments[0])
+        raise UsageError('unexpected argument %r; memmon takes options only' % without_password(arguments[0]))
     limits = given.all('program') + given.all('groupname')
     limits += [Limit(EVERY, size_bytes) for size_bytes in given.all('any')]
     if not limits:
@@ -341,7 +341,9 @@ class Memmon:
                        for pid, held_bytes in held.items() if held_bytes > self._smallest_bytes}
         over = []
         for process in processes:
-            if process.pid not in held or process.group == self._own_group or process.state == STOPPING:
+            if process.pid == 0 or process.pid not in held:
+                continue
+            if process.group == self._own_group or process.state == STOPPING:
                 continue
             limit_bytes = find_limit(self._options.limits, process.group, process.program)
             held_bytes = held[process.pid]
@@ -387,7 +389,9 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
     for process in processes:
         limit_bytes = find_limit(options.limits, process.group, process.program)
         held_bytes = held.get(process.pid) if process.pid else None
-        if held_bytes is None:
+        if held_bytes is None and process.pid:
+            verdict = 'unable to see its memory'    # /proc may be mounted with hidepid
+        elif held_bytes is None:
             verdict = 'not running (%s)' % process.state_name
         elif limit_bytes is None:
             verdict = 'not watched'

@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from superlance.listener import Event, Log, parse_tokens, uninterrupted
-from superlance.options import Rate, UsageError
+from superlance.options import Rate, UsageError, without_password
 
 # supervisor/states.py
 STOPPED, STARTING, RUNNING, BACKOFF = 0, 10, 20, 30
@@ -125,6 +125,7 @@ class Supervisor:
         from supervisor.xmlrpc import Faults, getFaultDescription
 
         url = self._environment.get('SUPERVISOR_SERVER_URL', '')
+        shown = without_password(url)
         # Both kinds of supervisor's connections take their timeout from here.
         socket.setdefaulttimeout(self._timeout_seconds)
         try:
@@ -136,20 +137,21 @@ class Supervisor:
         except Fault as why:
             if why.faultCode == Faults.UNKNOWN_METHOD:
                 raise CantTell('supervisord at %s has no interface for this: supervisord.conf needs an '
-                               '[rpcinterface:supervisor] section' % url)
+                               '[rpcinterface:supervisor] section' % shown)
             raise Refused(getFaultDescription(why.faultCode), why.faultString)
         except ProtocolError as why:
             if why.errcode == 401:
                 raise CantTell('supervisord at %s asks for a user name and password (401): set '
                                'SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD by environment= in the '
-                               "listener's section" % url)
-            raise CantTell('supervisord at %s answers %s to %s: %s' % (url, why.errcode, method, why.errmsg))
+                               "listener's section" % shown)
+            raise CantTell('supervisord at %s answers %s to %s: %s' % (shown, why.errcode, method, why.errmsg))
         except PermissionError:
             raise CantTell("supervisord's socket %s may not be opened by user %d: see chmod and chown in "
-                           '[unix_http_server], or user in the listener\'s section' % (url, os.getuid()))
+                           '[unix_http_server], or user in the listener\'s section' % (shown, os.getuid()))
         except (OSError, HTTPException, ExpatError, Error, ValueError) as why:
             raise CantTell('supervisord at %s does not answer %s: %s'
-                           % (url, method, getattr(why, 'strerror', None) or str(why) or type(why).__name__))
+                           % (shown, method, getattr(why, 'strerror', None) or str(why).replace(url, shown)
+                              or type(why).__name__))
 
     def get_processes(self) -> List[Process]:
         return [make_process(info) for info in self.call('getAllProcessInfo')]
@@ -161,8 +163,11 @@ class Supervisor:
         """
         if 'supervisor.childutils' in sys.modules:
             return self.get_processes()  # they are paid for
-        reader, writer = os.pipe()
-        child = os.fork()
+        try:
+            reader, writer = os.pipe()
+            child = os.fork()
+        except OSError as why:
+            raise CantTell('unable to start a process that asks supervisord: %s' % why.strerror)
         if not child:
             self._answer_in_child(writer, timeout_seconds)  # pragma: no cover  coverage loses this frame at the fork
         os.close(writer)
@@ -469,7 +474,7 @@ class Restarter:
                 if todo == WAIT:
                     self._sleep(0.2)
                 current = self._supervisor.get_process(judged.namespec)
-                if fault == 'SPAWN_ERROR':
+                if fault in ('SPAWN_ERROR', 'ABNORMAL_TERMINATION'):
                     down.failed_start = current.start
                 todo = judge_stopped(judged, current, down.failed_start)
                 if todo == RUNS:

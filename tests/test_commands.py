@@ -557,6 +557,15 @@ def test_a_signal_ends_an_idle_listener(name: str, signum: int, served: int) -> 
     assert 'Traceback' not in command.log and command.log.count('\n') <= 1
 
 
+@every_command
+@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_is_not_meant_to_end_it_is_no_expected_exit(name: str, signum: int) -> None:
+    """It would kill a listener in the middle of a restart; and supervisord shall start it anew."""
+    with Listener(ARGUMENTS[name]) as command:
+        command.expect(READY)
+        assert command.terminate(signum) == 128 + signum
+
+
 # Streams that are closed.
 
 def get_streams(pid: int) -> List[str]:

@@ -16,7 +16,7 @@ from inbox import CommandInbox
 from support import PYTHON, Listener, Supervisord, serving, wait_for
 
 from superlance import crashmail, mail
-from superlance.crashmail import Crash, Digest, LastWords, Report
+from superlance.crashmail import Crash, Digest, LastWords, Report, main
 from superlance.listener import Event, timestamp
 from superlance.options import read_argv
 from superlance.processes import Name, Supervisor
@@ -695,3 +695,60 @@ def test_outside_of_supervisord(tmp_path: Path) -> None:
     assert (printed.returncode, printed.stdout) == (1, '')
     assert printed.stderr.startswith('crashmail must be run as a supervisor event listener')
     assert printed.stderr.count('\n') == 1
+
+
+# Beyond the usual.
+
+class Answers(Supervisor):
+    """A supervisord that has one process, and answers as it is told."""
+
+    def __init__(self, **info: object) -> None:
+        super().__init__({})
+        self.info = dict(group='web', name='web', pid=0, state=100, statename='EXITED', start=1, now=2, **info)
+        self.texts: Dict[str, str] = {}
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        if method.startswith('tail'):
+            return ['', len(self.texts[method[11:17].lower()]), False]
+        if method.startswith('read'):
+            return self.texts[method[11:17].lower()]
+        return [self.info] if method == 'getAllProcessInfo' else self.info
+
+
+def test_tail_after_an_update_has_changed_the_log(tmp_path: Path) -> None:
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    old.write_text('old\n')
+    supervisor = Answers(stdout_logfile=str(old), stderr_logfile='')
+    last_words = LastWords(supervisor, 5)
+    crash = Crash('web', 'web', '7', 'RUNNING', 0.0)
+    assert '  old' in last_words.fetch(crash)
+    new.write_text('new\n')
+    supervisor.info['stdout_logfile'] = str(new)
+    assert '  new' in last_words.fetch(crash)
+
+
+def test_tail_of_a_relative_log_is_read_by_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'web.log').write_text('a file of another\n')
+    supervisor = Answers(stdout_logfile='web.log', stderr_logfile='')
+    supervisor.texts['stdout'] = 'its own\n'
+    told = LastWords(supervisor, 5).fetch(Crash('web', 'web', '7', 'RUNNING', 0.0))
+    assert 'its own' in told and 'another' not in told
+
+
+def test_digest_without_a_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, 'start', fail)
+    sent: List[Sequence[Report]] = []
+    digest = Digest(600, sent.append)
+    a, b = make_reports(2)
+    digest.add(a)
+    digest.add(b)
+    assert sent == [[a], [b]]
+
+
+def test_password_in_an_argument_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['-m', 'bob@example.com', 'smtp://robot:secret@host']) == 2
+    assert capsys.readouterr().err.startswith("crashmail: unexpected argument 'smtp://robot:***@host'; ")

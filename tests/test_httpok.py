@@ -25,8 +25,9 @@ import pytest
 import trustme
 
 from superlance import __version__, httpok
+from superlance.listener import Ended, Event
 from superlance.options import Rate, read_argv
-from superlance.processes import RUNNING, STARTING, STOPPED, Name, Process
+from superlance.processes import RESTARTED, RUNNING, STARTING, STOPPED, Name, Outcome, Process
 from support import (
     PYTHON, TIMEOUT, Listener, Supervisord, find_children, is_alive, read, serving, wait_for, write_script)
 
@@ -497,6 +498,8 @@ GOOD_REPLIES: Dict[str, Tuple[Answer, List[str]]] = {
     'one of several statuses': (reply(status='503 Busy'), ['-c', '200', '-c', '503', '-c', '204']),
     'a redirect that is expected': (reply(b'', 'Location: /x', status='302 Found'), ['-c', '302']),
     'after 100 Continue': (make_head(status='100 Continue') + reply(b'fine'), TEXT),
+    'after early hints': (make_head(status='103 Early Hints') * 2 + reply(b'fine'), TEXT),
+    'early hints that are expected': (make_head(status='103 Early Hints') + reply(b'fine'), ['-c', '103']),
     'chunks': (chunked(b'a', b'bc'), []),
     'chunks, left open': (and_hang(chunked(b'a', b'bc')), []),
     'no chunk at all': (chunked(), []),
@@ -549,6 +552,8 @@ BAD_REPLIES: Dict[str, Tuple[Answer, List[str], str]] = {
                           'no complete reply within 0.4 s'),
     'endless without the text': (stream(make_head(), b'x' * 65536, end=b'fine'), ['-t', SHORT, *TEXT],
                                  'no complete reply within 0.4 s'),
+    'endless 103 Early Hints': (stream(b'', 500 * make_head(status='103 Early Hints'), end=reply()), ['-t', SHORT],
+                                'no complete reply within 0.4 s'),
     'endless 100 Continue': (stream(b'', 500 * make_head(status='100 Continue'), end=reply()), ['-t', SHORT],
                              'no complete reply within 0.4 s'),
     'empty answer': (b'', [], 'no reply: Remote end closed connection without response'),
@@ -1575,3 +1580,47 @@ def test_once_with_a_configuration_that_is_not_there() -> None:
         status, _, err = run_once('--configuration=/nonexistent', '-p', 'web', site.url())
     assert status == 2
     assert err.startswith('httpok: option --configuration: ') and err.count('\n') == 1
+
+
+# Beyond the usual.
+
+def make_listener(*argv: str) -> httpok.Httpok:
+    return httpok.Httpok(httpok.build_options(*read_argv([*argv, 'http://127.0.0.1:1/'], httpok.OPTIONS)), {})
+
+
+def make_running(start: int, now: int) -> Process:
+    return Process('web', 'web', 7, 20, 'RUNNING', start, now, '')
+
+
+def test_grace_does_not_wait_for_a_clock_that_was_set_back() -> None:
+    listener = make_listener('-a', '--grace=60')
+    assert [listener._is_young(make_running(start, 1000)) for start in (900, 941, 1000, 5000)] == [
+        False, True, True, False]
+
+
+def test_late_restart_is_mailed_though_a_signal_ends_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = make_listener('-a', '-m', 'bob@example.com')
+    mails: List[str] = []
+    monkeypatch.setattr(listener._outbox, 'put', lambda subject, body, server: mails.append(subject))
+
+    def retry() -> bool:
+        listener._note(Outcome(make_running(1, 2), RESTARTED, 'restarted web'))
+        raise Ended
+
+    monkeypatch.setattr(listener._restarter, 'retry', retry)
+    with pytest.raises(Ended):
+        listener.handle(Event('TICK_5', 'when:1', '', 0.0))
+    assert mails == ['httpok: http://127.0.0.1:1/: process web restarted']
+
+
+def test_no_thread_to_be_had_for_a_lookup_is_no_failed_check(
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, 'start', fail)
+    listener = httpok.Httpok(httpok.build_options(*read_argv(['http://localhost:1/'], httpok.OPTIONS)), {})
+    listener.handle(Event('TICK_5', 'when:1', '', 0.0))
+    listener.handle(Event('TICK_5', 'when:1', '', 0.0))
+    assert listener._failures == 0
+    assert capfd.readouterr().err.count('unable to check http://localhost:1/: unable to look up localhost: ') == 2

@@ -639,3 +639,14 @@ def test_uninterrupted_blocks_nest(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert reached
+
+
+def test_uninterrupted_without_raising_leaves_the_end_to_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, '_ending', False)
+    before = signal.signal(signal.SIGTERM, listener._end)
+    try:
+        with listener.uninterrupted(raising=False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert listener._ending
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -182,7 +182,7 @@ def test_message() -> None:
     assert message.get_content_type() == 'text/plain' and message.get_content_charset() == 'utf-8'
     assert split_body(message) == ('line 1\n\n  line 3',
                                    'memmon on %s, supervisor my supervisor\n' % socket.gethostname())
-    assert parse(compose())['Message-ID'] != parse(compose())['Message-ID']
+    assert parse(compose())['Message-ID'] == parse(compose())['Message-ID']     # of one mail, at every try
 
 
 @pytest.mark.parametrize('smtp, sender, expected', [
@@ -818,6 +818,7 @@ def tls(authority: trustme.CA) -> ssl.SSLContext:
 def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let loopback be a host of the network, as no test leaves this machine."""
     monkeypatch.setattr(mail, '_is_loopback', lambda host: False)
+    monkeypatch.setattr(mail, '_is_loopback_address', lambda address: False)
 
 
 @pytest.fixture
@@ -1107,10 +1108,70 @@ def test_close_tells_what_a_thread_that_never_began_left(make_outbox: Make, monk
     with pytest.raises(KeyboardInterrupt):
         outbox.put('a subject', '')
     outbox.close()
-    assert outbox.lines == ['dropped mail "a subject": crashmail ends']
+    assert 'unable to send mail "a subject"' in outbox.lines[0]     # it is tried all the same
+    assert outbox.lines[1:] == ['dropped mail "a subject": crashmail ends']
 
 
 def test_long_subject_stays_on_its_line() -> None:
     subject = 'httpok: http://localhost:8080/%s: bad status returned' % ('x' * 200)
     data = compose(subject)
     assert ('Subject: %s\n' % subject).encode() in data
+
+
+def test_server_that_drips(make_outbox: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is that of the whole mail, not of each read."""
+    monkeypatch.setattr(mail, 'SEND_TIMEOUT_SECONDS', 1.0)
+    pause = threading.Event()
+
+    def handle(client: socket.socket) -> None:
+        while not pause.wait(0.05):
+            client.sendall(b'220-more\r\n')
+
+    with serving(handle) as port:
+        outbox = make_outbox(smtp='smtp://127.0.0.1:%d' % port)
+        outbox.put('a subject', '')
+        assert outbox.lines.wait('unable').endswith(': timed out')
+        pause.set()
+
+
+def test_no_login_where_the_peer_is_another_than_the_name_said(
+        make_outbox: Make, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mail, '_is_loopback_address', lambda address: False)
+    monkeypatch.setattr(mail, '_is_loopback', lambda host: True)
+    with make_login_server('starttls', tls) as server:
+        outbox = make_outbox(smtp='smtp://robot:secret@127.0.0.1:%d' % server.port)
+        outbox.put('a subject', '')
+        assert 'the password is not sent without' in outbox.lines.wait('unable')
+
+
+def test_what_a_command_prints_is_told_in_part(make_outbox: Make) -> None:
+    outbox = make_outbox('cat >/dev/null; seq 1 100000; echo the end')
+    outbox.put('a subject', '')
+    line = outbox.lines.wait('sent mail')
+    assert line.endswith('the end') and len(line) < 8000
+
+
+def test_mail_waits_while_there_is_no_thread_to_be_had(
+        make_outbox: Make, inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    outbox = make_outbox(inbox.command)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', fail)
+        outbox.put('first', '')
+    assert outbox.lines == ['unable to send mail "first" before the next one, or the end: can\'t start new thread']
+    outbox.put('second', '')
+    assert inbox.wait(2) == ['first', 'second']
+
+
+def test_mail_is_sent_at_the_end_without_a_thread(
+        make_outbox: Make, inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, 'start', fail)
+    outbox = make_outbox(inbox.command)
+    outbox.put('a subject', '')
+    outbox.close()
+    assert inbox.wait(1) == ['a subject']

@@ -16,7 +16,7 @@ from superlance import mail, memmon
 from superlance.listener import make_log
 from superlance.memmon import Limit, Usage
 from superlance.options import Rate, read_argv
-from superlance.processes import EVERY, CantTell, Name
+from superlance.processes import EVERY, STOPPED, CantTell, Name, Process
 
 KB, MB, GB = 1024, 1024 ** 2, 1024 ** 3
 
@@ -799,7 +799,9 @@ def test_once_says_that_a_stopping_process_would_be_left_alone(world: World, sup
         end.touch()
         supervisord.wait_for_state('stubborn', 'STOPPED')
     assert printed.returncode == 0
-    assert read_rows(printed.stdout)['stubborn:stubborn'][3] == 'over its limit: left alone (STOPPING)'
+    rows = read_rows(printed.stdout)
+    assert rows['stubborn:stubborn'][3] == 'over its limit: left alone (STOPPING)'
+    assert rows['web:web'][3] == 'unable to see its memory'     # ps does not show it
 
 
 def test_once_with_a_name_that_means_nothing(world: World) -> None:
@@ -856,3 +858,19 @@ def test_once_without_memory(world: World, monkeypatch: pytest.MonkeyPatch, capf
     printed = capfd.readouterr()
     assert printed.err.endswith('memmon: unable to check memory: no memory\n')
     assert printed.out == ''
+
+
+# Beyond the usual.
+
+def test_pid_0_of_ps_is_no_process_of_supervisord(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process has pid 0, and so has the kernel on a BSD."""
+    listener = memmon.Memmon(memmon.build_options(*read_argv(['-a', '1KB'], memmon.OPTIONS)), {})
+    stopped = Process('web', 'web', 0, STOPPED, 'STOPPED', 1, 2, '')
+    monkeypatch.setattr(listener._supervisor, 'get_processes_in_child', lambda seconds: [stopped])
+    usages = {0: memmon.Usage(0, 1 << 30)}
+    assert listener._judge(usages, memmon.measure(usages, False)) == []
+
+
+def test_password_in_an_argument_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memmon.main(['-a', '1KB', 'smtp://robot:secret@host']) == 2
+    assert capsys.readouterr().err.startswith("memmon: unexpected argument 'smtp://robot:***@host'; ")

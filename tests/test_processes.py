@@ -447,7 +447,8 @@ SAME = '; if it stops all the same, it is started again'
                  ['getProcessInfo', 'startProcess', 'getProcessInfo'], id='an old spawn error'),
     pytest.param(dict(startProcess=[refused('ABNORMAL_TERMINATION')],
                       getProcessInfo=[INFO, became(EXITED, 'EXITED', start=1060)]),
-                 LEFT_ALONE, 'left g:web alone: it is EXITED by now', [], id='done at once, as expected'),
+                 START_FAILED, 'failed to start g:web: ABNORMAL_TERMINATION: g:web' + TRY,
+                 ['getProcessInfo', 'startProcess', 'getProcessInfo'], id='ended at once'),
     pytest.param(dict(startProcess=[refused('SPAWN_ERROR')],
                       getProcessInfo=[INFO, became(EXITED, 'EXITED', start=1060, spawnerr='Bad exit code 3')]),
                  START_FAILED, 'failed to start g:web: Bad exit code 3' + TRY,
@@ -891,3 +892,23 @@ def test_signal_ends_the_listener_after_the_restart_and_its_outcome(tmp_path: Pa
             restarter.restart(judged)
         assert results(outcomes) == [RESTARTED]
         assert supervisord.info('web')['statename'] == 'RUNNING'
+
+
+# Shortages, and what must not be told.
+
+@pytest.mark.usefixtures('unpaid')
+@pytest.mark.parametrize('function', ['pipe', 'fork'])
+def test_no_child_to_be_had(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BlockingIOError(11, 'Resource temporarily unavailable')
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(CantTell, match='^unable to start a process that asks supervisord: Resource temporarily'):
+        Supervisor({'SUPERVISOR_SERVER_URL': 'unix:///none'}).get_processes_in_child(5)
+
+
+@pytest.mark.parametrize('url', ['http://admin:SECRET@127.0.0.1:1', 'https://admin:SECRET@127.0.0.1:1'])
+def test_password_of_the_server_url_is_not_told(url: str) -> None:
+    with pytest.raises(CantTell) as raised:
+        Supervisor({'SUPERVISOR_SERVER_URL': url}).get_processes()
+    assert 'SECRET' not in str(raised.value) and 'admin:***@127.0.0.1:1' in str(raised.value)
