@@ -185,6 +185,8 @@ class Supervisord:
         try:
             if interface and own_server and not server:
                 wait_for(self._answers, 'supervisord: %s' % read(self.log_path))
+            elif own_server:
+                wait_for(self._accepts, 'supervisord: %s' % read(self.log_path))
         except BaseException:
             self.stop()
             raise
@@ -209,6 +211,12 @@ class Supervisord:
         for pid in children:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+    def _accepts(self) -> bool:
+        """Return whether supervisord takes connections, which is a while after its socket's file is there."""
+        assert self.process.poll() is None, read(self.log_path)
+        with socket.socket(socket.AF_UNIX) as sock:
+            return sock.connect_ex(str(self.socket)) == 0
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, read(self.log_path)

@@ -202,7 +202,6 @@ def test_find_supervisor_by_environment_or_configuration(tmp_path: Path, monkeyp
 def test_find_supervisor_with_a_password(tmp_path: Path) -> None:
     server = 'username=bob\npassword=größe\n'
     with Supervisord(tmp_path, '', server) as supervisord:
-        wait_for(supervisord.socket.exists)
         with pytest.raises(CantTell, match=r'\(401\): set SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD'):
             find_supervisor(str(supervisord.configuration), {}).call('getState')
         text = supervisord.configuration.read_text('utf-8')
