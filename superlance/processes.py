@@ -163,10 +163,13 @@ class Supervisor:
         """
         if 'supervisor.childutils' in sys.modules:
             return self.get_processes()  # they are paid for
+        pipe_ends: Tuple[int, ...] = ()
         try:
-            reader, writer = os.pipe()
+            reader, writer = pipe_ends = os.pipe()
             child = os.fork()
         except OSError as why:
+            for fd in pipe_ends:
+                os.close(fd)
             raise CantTell('unable to start a process that asks supervisord: %s' % why.strerror)
         if not child:
             self._answer_in_child(writer, timeout_seconds)  # pragma: no cover  coverage loses this frame at the fork

@@ -902,8 +902,10 @@ def test_no_child_to_be_had(function: str, monkeypatch: pytest.MonkeyPatch) -> N
         raise BlockingIOError(11, 'Resource temporarily unavailable')
 
     monkeypatch.setattr(os, function, fail)
+    fds = os.listdir('/proc/self/fd')
     with pytest.raises(CantTell, match='^unable to start a process that asks supervisord: Resource temporarily'):
         Supervisor({'SUPERVISOR_SERVER_URL': 'unix:///none'}).get_processes_in_child(5)
+    assert os.listdir('/proc/self/fd') == fds
 
 
 @pytest.mark.parametrize('url', ['http://admin:SECRET@127.0.0.1:1', 'https://admin:SECRET@127.0.0.1:1'])
