@@ -549,7 +549,7 @@ class Httpok:
         self._supervisor = Supervisor(environment)
         self._restarter = Restarter(self._supervisor, self._note, options.max_restarts, options.dry_run)
         self._outbox = mail.Outbox(options.mail, 'httpok', self._log)
-        self._names = NameCheck([name for name in options.names if name != EVERY], self._supervisor, self._log)
+        self._names = NameCheck(options.names, self._supervisor, self._log)
         self._failures = 0
         self._outcomes: List[Outcome] = []
         self._lines: List[str] = []     # for the mail
@@ -710,7 +710,7 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
     for process in processes:
         if any(name.means(process.group, process.program) for name in options.names):
             print('watched  %s' % describe_watched(process, options, bool(verdict.text)))
-    unmatched = find_unmatched([name for name in options.names if name != EVERY], processes)
+    unmatched = find_unmatched(options.names, processes)
     for line in unmatched:
         print('watched  %s' % line)
     return 1 if verdict.text or unmatched else 0

@@ -193,12 +193,13 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
             "to try it from the shell: '%s --once'; the README has examples\n" % (program, program))
         return 1
     events, results = take_streams()
-    # The others would end it too, in the middle of a restart.
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, _end)
     status = 0
     try:
         try:
+            # By default the last four end a process at once, in the middle of a restart too.
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                           signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(signum, _end)
             _serve(handle, events, results)
         except BrokenPipeError:
             pass  # supervisord went away while its event was being served

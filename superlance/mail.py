@@ -16,6 +16,8 @@ from superlance.listener import CommandFailed, Log, one_line, printable, run_com
 from superlance.options import DOMAIN, Given, Option, parse_address, parse_addresses, parse_text
 
 if TYPE_CHECKING:
+    import smtplib
+    import ssl
     from email.message import EmailMessage
 
 SENDMAIL = '/usr/sbin/sendmail -t -i'
@@ -150,15 +152,9 @@ def send(settings: Settings, message: EmailMessage, seconds_left: Callable[[], f
 def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
     import smtplib
     import socket
-    import ssl
     from contextlib import closing, suppress
 
-    local = _is_loopback(server.host)
-    context = ssl.create_default_context()
-    if local or not (server.tls or server.user):
-        # Nothing secret is sent, or not over a network: TLS that can't be verified beats none.
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+    context = _make_tls_context(server)
     timeout = max(0.1, seconds_left())
     smtp = smtplib.SMTP_SSL(timeout=timeout, context=context) if server.tls else smtplib.SMTP(timeout=timeout)
     setattr(smtp, '_host', server.host)  # the name that TLS verifies, which only the constructor sets else
@@ -176,21 +172,7 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
     try:
         watch.start()
         with closing(smtp):
-            code, greeting = smtp.connect(server.host, server.port)
-            if code != 220:
-                raise smtplib.SMTPConnectError(code, greeting)
-            smtp.ehlo_or_helo_if_needed()
-            encrypted = server.tls
-            if not encrypted and smtp.has_extn('starttls'):
-                smtp.starttls(context=context)
-                encrypted = True
-            if server.user:
-                # The name was looked up anew to connect, so it is the peer that counts.
-                verified = encrypted and context.verify_mode == ssl.CERT_REQUIRED
-                if not (verified or (smtp.sock and _is_loopback_address(smtp.sock.getpeername()[0]))):
-                    raise SendFailed('%s offers no STARTTLS, and the password is not sent without'
-                                     % server.host)
-                smtp.login(server.user, server.password)
+            _open_session(smtp, server, context)
             refused = smtp.send_message(message)
             with suppress(OSError):
                 smtp.putcmd('QUIT')  # the mail is taken, whatever is answered to this
@@ -204,6 +186,38 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
     finally:
         watch.cancel()
     return _describe_refused(refused)
+
+
+def _make_tls_context(server: SmtpServer) -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.create_default_context()
+    if _is_loopback(server.host) or not (server.tls or server.user):
+        # Nothing secret is sent, or not over a network: TLS that can't be verified beats none.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _open_session(smtp: smtplib.SMTP, server: SmtpServer, context: ssl.SSLContext) -> None:
+    """Connect, encrypt where that is offered, and log in where there is a user; SendFailed where that is not safe."""
+    import smtplib
+    import ssl
+
+    code, greeting = smtp.connect(server.host, server.port)
+    if code != 220:
+        raise smtplib.SMTPConnectError(code, greeting)
+    smtp.ehlo_or_helo_if_needed()
+    encrypted = server.tls
+    if not encrypted and smtp.has_extn('starttls'):
+        smtp.starttls(context=context)
+        encrypted = True
+    if server.user:
+        # The name was looked up anew to connect, so it is the peer that counts.
+        verified = encrypted and context.verify_mode == ssl.CERT_REQUIRED
+        if not (verified or (smtp.sock and _is_loopback_address(smtp.sock.getpeername()[0]))):
+            raise SendFailed('%s offers no STARTTLS, and the password is not sent without' % server.host)
+        smtp.login(server.user, server.password)
 
 
 def _describe_refused(refused: Mapping[str, Tuple[int, bytes]]) -> str:

@@ -277,8 +277,7 @@ class Memmon:
         self._supervisor = Supervisor(environment)
         self._restarter = Restarter(self._supervisor, self._tell, options.max_restarts, options.dry_run)
         self._outbox = mail.Outbox(options.mail, 'memmon', self._log)
-        names = [limit.name for limit in options.limits if limit.name != EVERY]
-        self._names = NameCheck(names, self._supervisor, self._log)
+        self._names = NameCheck([limit.name for limit in options.limits], self._supervisor, self._log)
         self._smallest_bytes = min(limit.size_bytes for limit in options.limits)
         # What (pid, parent pid) may hold before supervisord has to be asked about it; None: it's not
         # supervisord's, or nothing limits it.
@@ -405,7 +404,7 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
                      '-' if held_bytes is None else format_size(held_bytes),
                      '-' if limit_bytes is None else format_size(limit_bytes), verdict))
     print_table(rows)
-    unmatched = find_unmatched([limit.name for limit in options.limits if limit.name != EVERY], processes)
+    unmatched = find_unmatched([limit.name for limit in options.limits], processes)
     for line in unmatched:
         print(line)
     return 0 if well and not unmatched else 1

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from superlance.listener import Event, Log, parse_tokens, uninterrupted
 from superlance.options import Rate, UsageError, without_password
@@ -24,7 +24,8 @@ STOPPING, EXITED, FATAL, UNKNOWN = 40, 100, 200, 1000
 CALL_TIMEOUT_SECONDS = 30
 # How long a restart whose answer was lost is followed before it is left to the next tick.
 FOLLOW_SECONDS = 60
-FAILED_CALLS = 3
+LOOK_SECONDS = 0.2
+MAX_FAILED_CALLS = 3
 
 
 class CantTell(Exception):
@@ -93,11 +94,11 @@ def parse_name(text: str) -> Name:
 
 
 def find_unmatched(names: Iterable[Name], processes: Iterable[Process]) -> List[str]:
-    """Return a line for each name that means no process."""
+    """Return a line for each name that means no process; EVERY may."""
     known = [(p.group, p.program) for p in processes]
     lines = []
     for name in names:
-        if not any(name.means(*pair) for pair in known):
+        if name != EVERY and not any(name.means(*pair) for pair in known):
             hint = ''
             if name.group is None and any(group == name.program for group, _ in known):
                 hint = '; there is a group of that name: for all its processes, write %s:*' % name.program
@@ -119,6 +120,7 @@ class Supervisor:
     def call(self, method: str, *arguments: Any) -> Any:
         import socket
         from http.client import HTTPException
+        from urllib.parse import urlsplit
         from xml.parsers.expat import ExpatError
         from xmlrpc.client import Error, Fault, ProtocolError
         from supervisor.childutils import getRPCInterface
@@ -129,6 +131,8 @@ class Supervisor:
         # Both kinds of supervisor's connections take their timeout from here.
         socket.setdefaulttimeout(self._timeout_seconds)
         try:
+            if urlsplit(url).scheme == 'http' and not urlsplit(url).hostname:
+                raise ValueError('the URL has no host')
             proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
             try:
                 return getattr(proxy.supervisor, method)(*arguments)
@@ -149,9 +153,9 @@ class Supervisor:
             raise CantTell("supervisord's socket %s may not be opened by user %d: see chmod and chown in "
                            '[unix_http_server], or user in the listener\'s section' % (shown, os.getuid()))
         except (OSError, HTTPException, ExpatError, Error, ValueError) as why:
-            raise CantTell('supervisord at %s does not answer %s: %s'
-                           % (shown, method, getattr(why, 'strerror', None) or str(why).replace(url, shown)
-                              or type(why).__name__))
+            # Where the URL has a password, the text may hold a piece of it.
+            reason = getattr(why, 'strerror', None) or (str(why) if shown == url else '') or type(why).__name__
+            raise CantTell('supervisord at %s does not answer %s: %s' % (shown, method, reason))
 
     def get_processes(self) -> List[Process]:
         return [make_process(info) for info in self.call('getAllProcessInfo')]
@@ -176,15 +180,18 @@ class Supervisor:
         os.close(writer)
         with os.fdopen(reader, 'rb') as pipe:
             answer = pipe.read()
-        os.waitpid(child, 0)
-        if not answer:
+        status = os.waitpid(child, 0)[1]
+        if status == signal.SIGALRM:
             raise CantTell('supervisord did not answer within %d s' % timeout_seconds)
+        if status:
+            raise CantTell('the process that asks supervisord has failed (wait status %d)' % status)
         processes, reason = marshal.loads(answer)
         if reason:
             raise CantTell(reason)
         return [Process(*fields) for fields in processes]
 
     def _answer_in_child(self, writer: int, timeout_seconds: int) -> None:
+        status = 1
         try:
             signal.alarm(timeout_seconds)
             try:
@@ -193,8 +200,11 @@ class Supervisor:
                 answer = [], str(why)
             with os.fdopen(writer, 'wb') as pipe:
                 pipe.write(marshal.dumps(answer))
+            status = 0
+        except Exception:
+            sys.excepthook(*sys.exc_info())
         finally:
-            os._exit(0)
+            os._exit(status)
 
     def get_process(self, namespec: str) -> Process:
         return make_process(self.call('getProcessInfo', namespec))
@@ -239,7 +249,7 @@ class NameCheck:
     TIMEOUT_SECONDS = 5
 
     def __init__(self, names: Iterable[Name], supervisor: Supervisor, log: Log) -> None:
-        self._names = list(names)
+        self._names = [name for name in names if name != EVERY]
         self._supervisor = supervisor
         self._log = log
         self._next_try = 0.0
@@ -288,6 +298,12 @@ class Outcome(NamedTuple):
     text: str
 
 
+def make_outcome(process: Process, result: str, reason: str = '') -> Outcome:
+    """Return the Outcome whose text is its result, the process and, if there is one, the reason."""
+    what = 'left %s alone' if result == LEFT_ALONE else result + ' %s'
+    return Outcome(process, result, what % process.title + (': ' + reason if reason else ''))
+
+
 # What to do next about a process that was stopped here.
 
 LOOK = 'look'
@@ -325,6 +341,7 @@ class Down:
         self.judged = judged
         self.failed_start: Optional[int] = None
         self.told: Set[str] = set()
+        self.counted = False    # among the restarts that --max-restarts limits
 
 
 class Restarter:
@@ -362,7 +379,7 @@ class Restarter:
 
         prepare is called where the process is really going to be stopped, and may be interrupted.
         """
-        if self._is_held_back(judged) or (judged.namespec, judged.pid) in self._dry_runs:
+        if (judged.namespec, judged.pid) in self._dry_runs or self._is_held_back(judged):
             return
         if self._dry_run:
             self._dry_runs.add((judged.namespec, judged.pid))
@@ -378,23 +395,30 @@ class Restarter:
             outcome = self._restart(judged)
             if judged.namespec in self._down:
                 self._down[judged.namespec].told.add(outcome.text)
+                self._down[judged.namespec].counted = outcome.result == START_FAILED
             self._finish(outcome)
             self._last_end = time.time()
 
     def _finish(self, outcome: Outcome) -> None:
         if outcome.result in (RESTARTED, START_FAILED, DRY_RUN):
-            self._restarts.setdefault(outcome.process.namespec, deque()).append(self._clock())
+            self._count(outcome.process)
         self._tell(outcome)
+
+    def _count(self, process: Process) -> None:
+        if self._limit:
+            self._restarts.setdefault(process.namespec, deque(maxlen=self._limit.times)).append(self._clock())
 
     def retry(self) -> bool:
         """Start again what was left down, and return whether something was; a new reason why not is told."""
         restarted = False
         for down in list(self._down.values()):
             with uninterrupted():
-                outcome = self._bring_back(down, LOOK)
+                outcome = self._bring_back(down, False)
                 if outcome.result == RESTARTED:
                     restarted = True
                     self._last_end = time.time()
+                    if not down.counted:
+                        self._count(down.judged)
                 # A failed stop was told when it failed.
                 if outcome.result != STOP_FAILED and outcome.text not in down.told:
                     down.told.add(outcome.text)
@@ -404,10 +428,8 @@ class Restarter:
     def _is_held_back(self, judged: Process) -> bool:
         if self._limit is None:
             return False
-        times = self._restarts.setdefault(judged.namespec, deque())
-        while times and times[0] <= self._clock() - self._limit.seconds:
-            times.popleft()
-        if len(times) < self._limit.times:
+        times: Sequence[float] = self._restarts.get(judged.namespec, ())
+        if len(times) < self._limit.times or times[0] <= self._clock() - self._limit.seconds:
             self._held_back.discard(judged.namespec)
             return False
         if judged.namespec not in self._held_back:
@@ -423,22 +445,19 @@ class Restarter:
         """Return why a process must not be stopped, None if it still is the one that was judged."""
         try:
             current = self._supervisor.get_process(judged.namespec)
-        except Refused as why:
+        except (Refused, CantTell) as why:
             return self._fail_to_stop(judged, why)
-        except CantTell as why:
-            return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
         if current.state == STOPPING:
-            return Outcome(judged, LEFT_ALONE, 'left %s alone: it is STOPPING' % judged.title)
+            return make_outcome(judged, LEFT_ALONE, 'it is STOPPING')
         if current.pid != judged.pid:
-            return Outcome(judged, STOP_FAILED, 'failed to stop %s: it is %s with pid %d now, and pid %d was judged'
-                           % (judged.title, current.state_name, current.pid, judged.pid))
+            return make_outcome(judged, STOP_FAILED, 'it is %s with pid %d now, and pid %d was judged'
+                                % (current.state_name, current.pid, judged.pid))
         return None
 
     @staticmethod
-    def _fail_to_stop(judged: Process, why: Refused) -> Outcome:
-        if why.fault == 'SHUTDOWN_STATE':
-            return Outcome(judged, LEFT_ALONE, 'left %s alone: %s' % (judged.title, why))
-        return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s' % (judged.title, why))
+    def _fail_to_stop(judged: Process, why: Exception) -> Outcome:
+        shuts_down = isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE'
+        return make_outcome(judged, LEFT_ALONE if shuts_down else STOP_FAILED, str(why))
 
     def _restart(self, judged: Process) -> Outcome:
         changed = self._find_change(judged)
@@ -451,67 +470,64 @@ class Restarter:
             del self._down[judged.namespec]
             return self._fail_to_stop(judged, why)
         except CantTell as why:
-            return self._bring_back(down, LOOK, str(why))
-        return self._bring_back(down, START)
+            return self._bring_back(down, False, str(why))
+        return self._bring_back(down, True)
 
-    def _bring_back(self, down: Down, todo: str, trouble: str = '') -> Outcome:
+    def _bring_back(self, down: Down, stopped: bool, trouble: str = '') -> Outcome:
         """Start a process that was stopped here, unless somebody else has it in hand.
 
-        trouble is what went wrong so far. Where it can't be started now, it is kept for retry.
+        stopped: whether it is known to be; trouble: what went wrong so far. Where it can't be
+        started now, it is kept for retry.
         """
-        judged, title = down.judged, down.judged.title
-
-        def settle(result: str, text: str) -> Outcome:
-            del self._down[judged.namespec]
-            return Outcome(judged, result, text)
-
-        stopped = todo == START
+        judged = down.judged
+        todo = START if stopped else LOOK
         fault = ''
         failed_calls = 0
         deadline = self._clock() + FOLLOW_SECONDS
-        while failed_calls < FAILED_CALLS:
+        while failed_calls < MAX_FAILED_CALLS:
             try:
                 if todo == START:
                     self._supervisor.call('startProcess', judged.namespec)
-                    return settle(RESTARTED, 'restarted %s' % title)
-                if todo == WAIT:
-                    self._sleep(0.2)
+                    return self._settle(down, RESTARTED)
                 current = self._supervisor.get_process(judged.namespec)
-                if fault in ('SPAWN_ERROR', 'ABNORMAL_TERMINATION'):
-                    down.failed_start = current.start
-                todo = judge_stopped(judged, current, down.failed_start)
-                if todo == RUNS:
-                    return settle(RESTARTED, 'restarted %s' % title)
-                if todo == UNTOUCHED:
-                    if not trouble:
-                        return settle(STOP_FAILED, 'failed to stop %s' % title)
-                    break  # it is kept, since the stop may yet be on its way
-                stopped = stopped or current.state != STOPPING
-                if todo == LEAVE:
-                    return settle(LEFT_ALONE, 'left %s alone: it is %s by now' % (title, current.state_name))
-                if todo == FAILED or fault:
-                    # After any other fault the spawn error is one of an earlier start.
-                    if fault in ('', 'SPAWN_ERROR'):
-                        trouble = current.spawn_error or trouble
-                    break
-                if todo == WAIT and self._clock() >= deadline:
-                    trouble = 'it is still %s after %d s' % (current.state_name, FOLLOW_SECONDS)
-                    break
             except Refused as why:
                 if why.fault in ('BAD_NAME', 'SHUTDOWN_STATE'):
-                    return settle(LEFT_ALONE, 'left %s alone: %s' % (title, why))
+                    return self._settle(down, LEFT_ALONE, str(why))
                 if why.fault != 'ALREADY_STARTED':
                     fault = why.fault
-                failed_calls += 1
-                trouble = str(why)
-                todo = LOOK
+                failed_calls, todo, trouble = failed_calls + 1, LOOK, str(why)
+                continue
             except CantTell as why:
-                failed_calls += 1
-                trouble = trouble or str(why)
-                todo = LOOK
-                self._sleep(0.2)
+                failed_calls, todo, trouble = failed_calls + 1, LOOK, trouble or str(why)
+                self._sleep(LOOK_SECONDS)
+                continue
+            if fault in ('SPAWN_ERROR', 'ABNORMAL_TERMINATION'):
+                down.failed_start = current.start
+            todo = judge_stopped(judged, current, down.failed_start)
+            stopped = stopped or (todo != UNTOUCHED and current.state != STOPPING)
+            if fault and todo in (START, WAIT):
+                todo = FAILED  # once a tick is enough
+            if todo == RUNS:
+                return self._settle(down, RESTARTED)
+            if todo == LEAVE:
+                return self._settle(down, LEFT_ALONE, 'it is %s by now' % current.state_name)
+            if todo == UNTOUCHED:
+                if not trouble:
+                    return self._settle(down, STOP_FAILED)
+                break  # it is kept, since the stop may yet be on its way
+            if todo == FAILED:
+                if fault in ('', 'SPAWN_ERROR'):  # after any other the spawn error is an earlier start's
+                    trouble = current.spawn_error or trouble
+                break
+            if todo == WAIT:
+                if self._clock() >= deadline:
+                    trouble = 'it is still %s after %d s' % (current.state_name, FOLLOW_SECONDS)
+                    break
+                self._sleep(LOOK_SECONDS)
         if stopped:
-            return Outcome(judged, START_FAILED, 'failed to start %s: %s; this is tried again at every event'
-                           % (title, trouble))
-        return Outcome(judged, STOP_FAILED, 'failed to stop %s: %s; if it stops all the same, it is started again'
-                       % (title, trouble))
+            return make_outcome(judged, START_FAILED, trouble + '; this is tried again at every event')
+        return make_outcome(judged, STOP_FAILED, trouble + '; if it stops all the same, it is started again')
+
+    def _settle(self, down: Down, result: str, reason: str = '') -> Outcome:
+        del self._down[down.judged.namespec]
+        return make_outcome(down.judged, result, reason)

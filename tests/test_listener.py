@@ -386,6 +386,18 @@ def test_the_loop(payloads: List[str], status: int, results: bytes, end: bytes) 
     assert done.stderr.count(b'[finish]') == 1 and b'[2]' not in done.stderr.partition(TERMINATE.encode())[2]
 
 
+def test_a_signal_as_soon_as_it_is_handled_ends_the_loop() -> None:
+    done = run_script('''
+really_signal = signal.signal
+def handle_and_send(signum, handler):
+    really_signal(signum, handler)
+    if signum == signal.SIGTERM:
+        os.kill(os.getpid(), signum)
+signal.signal = handle_and_send
+''' + LOOP, dict(os.environ, SUPERVISOR_SERVER_URL='unix:///x'))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'[finish]')
+
+
 def test_a_broken_header_ends_the_loop_with_one_line() -> None:
     done = run_script(LOOP, {'SUPERVISOR_SERVER_URL': 'http://127.0.0.1:1'},
                       stdin=None, input=make_event('1') + b'nonsense\n')

@@ -82,7 +82,8 @@ def test_what_a_name_means(name: str, meant: List[str]) -> None:
 ])
 def test_unmatched_names(names: List[str], lines: List[str]) -> None:
     known = [make_process(dict(INFO, group='shop')), make_process(dict(INFO, group='x', name='y'))]
-    assert find_unmatched(map(parse_name, names), known) == lines
+    assert find_unmatched([EVERY, *map(parse_name, names)], known) == lines
+    assert find_unmatched([EVERY], []) == []
 
 
 def test_process() -> None:
@@ -134,6 +135,10 @@ def test_call_with_a_bad_answer(answer: bytes, reason: str) -> None:
     ({'SUPERVISOR_SERVER_URL': 'unix:///nonexistent'},
      'supervisord at unix:///nonexistent does not answer getState: No such file or directory'),
     ({'SUPERVISOR_SERVER_URL': 'http://127.0.0.1:1'}, 'does not answer getState: Connection refused'),
+    ({'SUPERVISOR_SERVER_URL': 'http://:9001'}, 'does not answer getState: the URL has no host'),
+    # Half of the password would be taken for the port, and told.
+    ({'SUPERVISOR_SERVER_URL': 'http://bob:half/rest@127.0.0.1:1'},
+     'supervisord at http://bob:***@127.0.0.1:1 does not answer getState: ValueError'),
 ])
 def test_call_without_supervisord(environment: Dict[str, str], reason: str) -> None:
     with pytest.raises(CantTell) as raised:
@@ -258,7 +263,7 @@ def test_name_check_in_child(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         names.check_in_child()
         names.check_in_child()
         assert proxy.calls == ['getAllProcessInfo']
-        NameCheck([], supervisor, make_log('x')).check_in_child()
+        NameCheck([EVERY], supervisor, make_log('x')).check_in_child()
         assert proxy.calls == ['getAllProcessInfo']
         assert set(find_children(os.getpid())) <= {*children, supervisord.pid}
     assert capfd.readouterr().err.count('no process is called wbe') == 1
@@ -305,6 +310,25 @@ def test_processes_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_child_that_can_not_tell(tmp_path: Path) -> None:
     with pytest.raises(CantTell, match='supervisord at unix://.* does not answer getAllProcessInfo: No such file'):
         Supervisor({'SUPERVISOR_SERVER_URL': 'unix://%s/none' % tmp_path}).get_processes_in_child(20)
+
+
+class Failing(Supervisor):
+    """Fails as a bug, or is killed as by the kernel that is out of memory."""
+
+    def get_processes(self) -> List[Process]:
+        if self._timeout_seconds:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError('a bug')
+
+
+@pytest.mark.usefixtures('unpaid')
+def test_child_that_fails_is_not_taken_for_a_supervisord_that_hangs(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CantTell, match=r'the process that asks supervisord has failed \(wait status 256\)'):
+        Failing({}, 0).get_processes_in_child(20)
+    assert 'RuntimeError: a bug' in capfd.readouterr().err
+    with pytest.raises(CantTell, match=r'has failed \(wait status 9\)'):
+        Failing({}, 1).get_processes_in_child(20)
+    assert capfd.readouterr().err == ''
 
 
 @pytest.mark.usefixtures('unpaid')
@@ -475,6 +499,39 @@ def test_restart_that_fails(answers: Dict[str, List[Any]], result: str, text: st
         assert set(supervisor.calls) == {'getProcessInfo'}
     else:
         assert supervisor.calls == then
+
+
+def test_restart_that_ends_at_a_later_tick_counts_among_the_most() -> None:
+    slow = [became(STOPPING, 'STOPPING')] * 400
+    supervisor = Scripted(stopProcess=[LOST])
+    restarter, outcomes, clock = make_restarter(supervisor, limit=Rate(2, 3600))
+    for _ in range(3):
+        supervisor.answers['getProcessInfo'] = [INFO, *slow, became(STOPPED, 'STOPPED')]
+        restarter.restart(make_process(INFO))
+        restarter.retry()
+    assert [outcome.result for outcome in outcomes] == [STOP_FAILED, RESTARTED] * 2 + [HELD_BACK]
+    clock.sleep(3600)
+    supervisor.answers.update(getProcessInfo=[INFO], stopProcess=[True])
+    restarter.restart(make_process(INFO))
+    assert outcomes[-1].result == RESTARTED
+
+
+def test_start_that_fails_and_is_mended_counts_once() -> None:
+    supervisor = Scripted(startProcess=[LOST, LOST, LOST, True], getProcessInfo=[
+        INFO, *[became(STOPPED, 'STOPPED')] * 3, INFO])
+    restarter, outcomes, _ = make_restarter(supervisor, limit=Rate(2, 3600))
+    restarter.restart(make_process(INFO))
+    supervisor.answers['getProcessInfo'] = [became(STOPPED, 'STOPPED'), INFO]
+    restarter.retry()
+    restarter.restart(make_process(INFO))
+    assert [outcome.result for outcome in outcomes] == [START_FAILED, RESTARTED, RESTARTED]
+
+
+def test_dry_run_does_not_say_that_its_restart_was_of_no_help() -> None:
+    restarter, outcomes, _ = make_restarter(Scripted(), limit=Rate(1, 3600), dry_run=True)
+    restarter.restart(make_process(INFO))
+    restarter.restart(make_process(INFO))
+    assert [outcome.result for outcome in outcomes] == [DRY_RUN]
 
 
 @pytest.mark.parametrize('later, told, calls', [
