@@ -1,4 +1,4 @@
-from setuptools import find_packages, setup
+from setuptools import setup
 
 namespace = {}
 with open('superlance/__init__.py', encoding='utf-8') as file:
@@ -15,7 +15,7 @@ setup(
     license='BSD-3-Clause',
     license_files=['LICENSE.txt'],
     author='The superlance developers',
-    packages=find_packages(include=['superlance']),
+    packages=['superlance'],
     python_requires='>=3.8',
     install_requires=['supervisor>=4.2'],
     entry_points={

@@ -9,7 +9,7 @@ supervisord has given up starting a process:
     events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
     buffer_size=1000
 
-What to watch; neither is the same as -a
+What to mail about; neither is the same as -a:
   -p, --program=NAME          NAME (program, group:program or group:*); may be
                               repeated
   -a, --any                   every process of supervisord
@@ -32,8 +32,8 @@ Mail:
 
 By hand:
       --once                  send a test mail to -m, and print what the mail
-                              command or the server said; exit status 1 if it
-                              was not taken
+                              command or the server said; exit status 0 if it
+                              was taken, else 1
       --configuration=FILE    for --once: the supervisord.conf to find
                               supervisord by
   -h, --help                  print this text
@@ -49,9 +49,9 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 from superlance import mail
 from superlance.listener import Event, listen, make_log, parse_tokens, timestamp, uninterrupted
 from superlance.options import (
-    COMMON, Given, Option, UsageError, command, parse_count, parse_text, parse_timeout, without_password)
+    COMMON_OPTIONS, Given, Option, UsageError, parse_count, parse_text, parse_timeout, run_script, without_password)
 from superlance.processes import (
-    CantTell, Name, NameCheck, Refused, Supervisor, find_supervisor, make_process, parse_name)
+    EVERY, CantTell, Name, NameCheck, Refused, Supervisor, find_supervisor, make_process, parse_name)
 
 EXITED = 'PROCESS_STATE_EXITED'
 FATAL = 'PROCESS_STATE_FATAL'
@@ -71,11 +71,11 @@ OPTIONS = (
     Option('o', 'optionalheader', parse_text),
     Option('', 'tail', parse_count),
     Option('', 'interval', parse_timeout),
-) + mail.OPTIONS + COMMON
+) + mail.OPTIONS + COMMON_OPTIONS
 
 
 class Options(NamedTuple):
-    names: Tuple[Name, ...]     # none: every process
+    names: Tuple[Name, ...]     # whom to watch
     prefix: str
     tail_lines: Optional[int]
     interval_seconds: Optional[float]
@@ -85,15 +85,22 @@ class Options(NamedTuple):
 
 
 def build_options(given: Given, arguments: List[str]) -> Options:
+    """Return the Options for what was given. Raises UsageError."""
     if arguments:
         raise UsageError('unexpected argument %r; crashmail takes options only'
                          % without_password(arguments[0]))
     if 'once' in given and 'email' not in given:
         raise UsageError('option --once: it sends a test mail; say to whom with -m')
     prefix = given.last('optionalheader')
+    names = tuple(given.all('program'))
     return Options(
-        () if 'any' in given else tuple(given.all('program')), prefix + ': ' if prefix else '', given.last('tail'),
-        given.last('interval'), mail.read_settings(given), 'once' in given, given.last('configuration'))
+        names=(EVERY,) if 'any' in given or not names else names,
+        prefix=prefix + ': ' if prefix else '',
+        tail_lines=given.last('tail'),
+        interval_seconds=given.last('interval'),
+        mail=mail.read_settings(given),
+        once='once' in given,
+        configuration=given.last('configuration'))
 
 
 # Judge.
@@ -270,13 +277,12 @@ class Report(NamedTuple):
 
 def compose(reports: Sequence[Report]) -> Tuple[str, str]:
     """Return the subject and body of the mail for one or several crashes."""
-    if len(reports) == 1:
-        crash, last_words = reports[0]
-        return crash.subject, '%s: %s.\n%s\n' % (timestamp(crash.when), crash.text, last_words)
-    programs = sorted({report.crash.program for report in reports})
-    subject = '%d crashes by %s: %s' % (len(reports), timestamp(reports[-1].crash.when), ', '.join(programs[:10]))
-    if len(programs) > 10:
-        subject += ' and %d more' % (len(programs) - 10)
+    subject = reports[0].crash.subject
+    if len(reports) > 1:
+        programs = sorted({report.crash.program for report in reports})
+        subject = '%d crashes by %s: %s' % (len(reports), timestamp(reports[-1].crash.when), ', '.join(programs[:10]))
+        if len(programs) > 10:
+            subject += ' and %d more' % (len(programs) - 10)
     return subject, '\n'.join('%s: %s.\n%s' % (timestamp(report.crash.when), report.crash.text, report.last_words)
                               for report in reports)
 
@@ -330,7 +336,7 @@ class Digest:
 
 
 class Crashmail:
-    """The listener: logs and mails every crash of a watched process."""
+    """The listener: logs every crash, and mails those of watched processes."""
 
     def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
         self._options = options
@@ -344,19 +350,21 @@ class Crashmail:
 
     def handle(self, event: Event) -> None:
         # First, before a mail starts the outbox' thread: a child can't import what a thread is importing.
-        self._names.check_in_child()
+        self._names.ask_and_tell()
         try:
             crash = find_crash(event)
         except ValueError as why:
             self._log(str(why))
             return
-        if crash and self._is_watched(crash):
+        if crash:
             # The event is acknowledged before the listener ends, or it would come once more.
             with uninterrupted(raising=False):
                 self._tell(crash, event.server)
 
     def _tell(self, crash: Crash, server: str) -> None:
         self._log(crash.text)
+        if not self._is_watched(crash):
+            return
         self._server = server
         report = Report(crash, self._last_words.fetch(crash) if self._last_words else '')
         if self._digest:
@@ -370,7 +378,7 @@ class Crashmail:
         self._outbox.close()
 
     def _is_watched(self, crash: Crash) -> bool:
-        return not self._options.names or any(name.means(crash.group, crash.program) for name in self._options.names)
+        return any(name.means(crash.group, crash.program) for name in self._options.names)
 
     def _send(self, reports: Sequence[Report]) -> None:
         subject, body = compose(reports)
@@ -396,7 +404,7 @@ def send_test(options: Options, environment: Mapping[str, str]) -> int:
         said = mail.send(options.mail, mail.compose(options.mail, 'crashmail', test),
                          lambda: deadline - time.monotonic())
     except mail.SendFailed as why:
-        print('refused: %s' % why)
+        print('unable to send: %s' % why)
         return 1
     print('sent "%s" to %s%s' % (subject, ', '.join(options.mail.recipients), ': ' + said if said else ''))
     return 0
@@ -410,7 +418,7 @@ def run(options: Options) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    return command('crashmail', __doc__, OPTIONS, build_options, run, argv)
+    return run_script('crashmail', __doc__, OPTIONS, build_options, run, argv)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Usage: python -m superlance.demo
 
-Shows memmon, httpok and crashmail at work, in less than a minute: starts a real
+Shows memmon, httpok and crashmail at work, in about 15 seconds: starts a real
 supervisord in a temporary folder, with a program that leaks memory, one that
 hangs and one that crashes, and tells what the three listeners do about them.
 
@@ -253,7 +253,9 @@ def watch(supervisord: subprocess.Popen[bytes], folder: Path, narrator: Narrator
         try:
             processes = supervisor.get_processes()
             current = {process.program: process.pid for process in processes}
-            first = {**{name: pid for name, pid in current.items() if pid}, **first}
+            for name, pid in current.items():
+                if pid:
+                    first.setdefault(name, pid)
             fatal = [process.program for process in processes if process.state == FATAL]
         except (CantTell, Refused):
             pass  # supervisord is not up yet, or no more

@@ -1,13 +1,13 @@
 """Usage: httpok [options] URL
 
-Restarts processes that run but no longer answer their URL, and mails when it
+Restarts processes that run but no longer answer their URL, and mails that it
 did. It runs as an event listener of supervisor, subscribed to a TICK event:
 
     [eventlistener:httpok]
     command=httpok -p web -m bob@example.com http://localhost:8080/health
     events=TICK_60
 
-What to restart when the URL fails; neither: check and mail only
+What to restart when the URL fails; neither: check and mail only:
   -p, --program=NAME          NAME (program, group:program or group:*); may be
                               repeated
   -a, --any                   every RUNNING process of supervisord
@@ -24,13 +24,14 @@ What a good reply is:
       --verify                verify the certificate of https
       --cafile=FILE           verify it with the authorities in FILE
 
-When to restart:
+When and how to restart:
   -e, --eager                 check even if no watched process is RUNNING
                               (default)
   -E, --not-eager             check only if a watched process is RUNNING
-      --failures=N            only after N failed checks in a row
+      --failures=N            only after N failed checks in a row (default: 1)
       --grace=TIME            not a process that has run for less than TIME:
-                              seconds, or a number with s, m, h or d
+                              seconds, or a number with s, m, h or d; where
+                              that holds for all, the URL is not asked
       --max-restarts=N/TIME   at most N restarts of one process within TIME;
                               then leave it alone, and tell that once
       --dry-run               say what would be restarted, and leave it running
@@ -52,7 +53,7 @@ Mail:
 
 By hand, and in the log:
       --once                  check now, print the reply and do nothing else;
-                              exit status 1 if the check failed
+                              exit status 0 if all is well, else 1
       --configuration=FILE    for --once: the supervisord.conf to find
                               supervisord by
   -v, --verbose               log every check
@@ -65,15 +66,16 @@ import io
 import os
 import shlex
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from superlance import __version__, mail
-from superlance.listener import CommandFailed, Event, listen, make_log, one_line, run_command
+from superlance.listener import CommandFailed, Event, decode_end, listen, make_log, one_line, run_command
 from superlance.options import (
-    COMMON, Given, Option, Rate, UsageError, command, parse_count, parse_rate, parse_text, parse_time,
-    parse_timeout, without_password)
+    COMMON_OPTIONS, Given, Option, Rate, UsageError, parse_count, parse_rate, parse_text, parse_time,
+    parse_timeout, run_script, without_password)
 from superlance.processes import (
     DRY_RUN, EVERY, RESTARTED, RUNNING, START_FAILED, STARTING, SUBJECTS, CantTell, Name, NameCheck, Outcome,
     Process, Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
@@ -87,8 +89,10 @@ GCORE_TIMEOUT_SECONDS = 300
 RETRY_REFUSED_SECONDS = 1
 BODY_LIMIT_BYTES = 1024 * 1024
 PIECE_BYTES = 64 * 1024
-# poll() can't wait for more than 24 days; Python cuts the bits off that are too many for it.
+# A day: poll() takes 32 bits of milliseconds, 24 days, and Python does not check that they fit.
 LONGEST_WAIT_SECONDS = 24 * 3600
+# What sun_path holds, less its null: 108 bytes on Linux, 104 on the BSDs.
+SOCKET_PATH_BYTES = 107 if sys.platform == 'linux' else 103
 # RFC 9110, 5.6.2
 TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
@@ -134,11 +138,10 @@ def parse_url(text: str) -> Target:
         port = 0
     if port == 0:
         raise wrong('has a port that is no number from 1 to 65535')
-    if not host.isascii():
-        try:
-            host = host.encode('idna').decode('ascii')
-        except UnicodeError as why:
-            raise wrong('has a host that can not be: %s' % why)
+    try:
+        host = host.encode('idna').decode('ascii')
+    except UnicodeError as why:
+        raise wrong('has a host that can not be: %s' % why)
     authorization = None
     if url.username is not None:
         pair = b'%s:%s' % (unquote_to_bytes(url.username), unquote_to_bytes(url.password or ''))
@@ -147,26 +150,37 @@ def parse_url(text: str) -> Target:
     path = quote(url.path or '/', safe="%/:@!$&'()*+,;=~")
     if url.query:
         path += '?' + quote(url.query, safe="%/?:@!$&'()*+,;=~[]{}|^")
-    tls = url.scheme == 'https'
     host_header = '[%s]' % host.partition('%')[0] if ':' in host else host
-    return Target(tls, host, port or (443 if tls else 80), path,
-                  '%s:%d' % (host_header, port) if port else host_header, authorization, shown)
+    if port:
+        host_header += ':%d' % port
+    return Target(tls=url.scheme == 'https', host=host, port=port or (443 if url.scheme == 'https' else 80),
+                  path=path, host_header=host_header, authorization=authorization, shown=shown)
 
 
 def parse_status(text: str) -> int:
+    """Return an HTTP status. Raises ValueError."""
     if not (text.isascii() and text.isdigit() and 100 <= int(text) <= 599):
         raise ValueError('%r is not an HTTP status; write a number from 100 to 599, as in 200' % text)
     return int(text)
 
 
 def parse_header(text: str) -> Tuple[str, str]:
+    """Return the name and value of `Name: value`. Raises ValueError."""
     name, colon, value = text.partition(':')
     if not (colon and name and TOKEN_CHARACTERS.issuperset(name) and value.strip().isprintable()):
         raise ValueError("%r is not a header; write one as in 'X-Probe: httpok'" % text)
     return name, value.strip()
 
 
+def parse_socket_path(text: str) -> str:
+    """Return the path of a unix socket. Raises ValueError where none can have it."""
+    if not 0 < len(os.fsencode(text)) <= SOCKET_PATH_BYTES:
+        raise ValueError('%r is not the path of a socket, which has from 1 to %d bytes' % (text, SOCKET_PATH_BYTES))
+    return text
+
+
 def parse_command(text: str) -> List[str]:
+    """Return the words of a command, as a shell splits it. Raises ValueError."""
     try:
         words = shlex.split(text)
     except ValueError as why:
@@ -183,7 +197,7 @@ OPTIONS = (
     Option('c', 'code', parse_status),
     Option('b', 'body', parse_text),
     Option('', 'header', parse_header),
-    Option('', 'unix-socket', parse_text),
+    Option('', 'unix-socket', parse_socket_path),
     Option('', 'verify'),
     Option('', 'cafile', parse_text),
     Option('e', 'eager'),
@@ -196,7 +210,7 @@ OPTIONS = (
     Option('g', 'gcore', parse_command),
     Option('n', 'name', str),
     Option('v', 'verbose'),
-) + mail.OPTIONS + COMMON
+) + mail.OPTIONS + COMMON_OPTIONS
 
 
 class Options(NamedTuple):
@@ -223,6 +237,7 @@ class Options(NamedTuple):
 
 
 def build_options(given: Given, arguments: List[str]) -> Options:
+    """Return the Options for what was given. Raises UsageError."""
     if len(arguments) != 1:
         raise UsageError('%s; write one, as in http://localhost:8080/health'
                          % ('%d URLs are given: %s' % (len(arguments), ' '.join(map(without_password, arguments)))
@@ -232,16 +247,30 @@ def build_options(given: Given, arguments: List[str]) -> Options:
     except ValueError as why:
         raise UsageError(str(why))
     names = (EVERY,) if 'any' in given else tuple(given.all('program'))
-    eager = 'not-eager' not in given
+    eager = given.latest('eager', 'not-eager') != 'not-eager'
     if not (eager or names):
         raise UsageError('option -E: no process is watched; give -p or -a with it')
     return Options(
-        target, names, given.last('timeout', 10.0), frozenset(given.all('code') or [200]), given.last('body'),
-        tuple(given.all('header')), given.last('unix-socket'),
-        make_tls_context('verify' in given, given.last('cafile')) if target.tls else None,
-        eager, given.last('failures', 1), given.last('grace', 0.0), given.last('max-restarts'), 'dry-run' in given,
-        given.last('coredir'), given.last('gcore', shlex.split(GCORE)), given.last('name'), 'verbose' in given,
-        mail.read_settings(given), 'once' in given, given.last('configuration'))
+        target=target,
+        names=names,
+        timeout_seconds=given.last('timeout', 10.0),
+        statuses=frozenset(given.all('code') or [200]),
+        body=given.last('body'),
+        headers=tuple(given.all('header')),
+        unix_socket=given.last('unix-socket'),
+        tls_context=make_tls_context('verify' in given, given.last('cafile')) if target.tls else None,
+        eager=eager,
+        failures=given.last('failures', 1),
+        grace_seconds=given.last('grace', 0.0),
+        max_restarts=given.last('max-restarts'),
+        dry_run='dry-run' in given,
+        core_directory=given.last('coredir'),
+        gcore=given.last('gcore', shlex.split(GCORE)),
+        name=given.last('name'),
+        verbose='verbose' in given,
+        mail=mail.read_settings(given),
+        once='once' in given,
+        configuration=given.last('configuration'))
 
 
 def make_tls_context(verify: bool, authorities: Optional[str]) -> ssl.SSLContext:
@@ -271,7 +300,7 @@ class Reply(NamedTuple):
 
     status: int
     reason: str
-    has_text: bool      # the status is good, and the body contains the text of -b if there is one
+    has_text: Optional[bool]    # whether the body contains the text of -b; None: the status is bad, and it was not read
     seconds: float
 
     @property
@@ -412,36 +441,42 @@ def _open_socket(family: int, address: Any, timeout_seconds: float) -> socket.so
 
 
 def fetch(options: Options, resolver: Resolver) -> Reply:
-    """Ask the URL. Raises CheckFailed."""
-    from http.client import HTTPConnection, HTTPException, HTTPResponse
+    """Ask the URL. Raises CheckFailed, and CantTell where its host can't be looked up for want of a thread."""
+    from http.client import HTTPException
 
-    target = options.target
     deadline = Deadline(options.timeout_seconds)
     try:
         with connect(options, resolver, deadline) as sock:
             if options.tls_context:
                 sock.settimeout(deadline.seconds_left())
-                sock = options.tls_context.wrap_socket(sock, server_hostname=target.host)
+                sock = options.tls_context.wrap_socket(sock, server_hostname=options.target.host)
             with sock:
-                # Without a port, http.client would look for one in an IPv6 address.
-                connection = HTTPConnection(target.host, target.port)
-                bounded = connection.sock = BoundedSocket(sock, deadline)
-                connection.putrequest('GET', target.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in make_headers(options):
-                    connection.putheader(name, value.encode('utf-8'))
-                connection.endheaders()
-                reply = connection.getresponse()
-                while 101 < reply.status < 200 and reply.status not in options.statuses:
-                    # As 103, Early Hints: the final one follows (RFC 9110, 15.2). http.client knows 100 only.
-                    setattr(reply, 'fp', None)  # or its end would close the file for the next
-                    reply = HTTPResponse(bounded, method='GET')  # type: ignore[arg-type]
-                    reply.begin()
-                has_text = reply.status in options.statuses and read_body(reply, options.body)
-                return Reply(reply.status, one_line(reply.reason[:200]), has_text, deadline.seconds_taken())
+                return exchange(options, sock, deadline)
     except socket.timeout:
         raise CheckFailed('no complete reply within %g s' % options.timeout_seconds)
-    except (OSError, HTTPException, ValueError) as why:
+    except (OSError, HTTPException, ValueError) as why:  # ValueError: a chunk's length that http.client can't read
         raise CheckFailed('no reply: %s' % describe_failure(why))
+
+
+def exchange(options: Options, sock: socket.socket, deadline: Deadline) -> Reply:
+    """Send the request and read the reply. Raises CheckFailed, OSError, HTTPException and ValueError."""
+    from http.client import HTTPConnection, HTTPResponse
+
+    # Without a port, http.client would look for one in an IPv6 address.
+    connection = HTTPConnection(options.target.host, options.target.port)
+    bounded = connection.sock = BoundedSocket(sock, deadline)
+    connection.putrequest('GET', options.target.path, skip_host=True, skip_accept_encoding=True)
+    for name, value in make_headers(options):
+        connection.putheader(name, value.encode('utf-8'))
+    connection.endheaders()
+    reply = connection.getresponse()
+    while 101 < reply.status < 200 and reply.status not in options.statuses:
+        # As 103, Early Hints: the final one follows (RFC 9110, 15.2). http.client knows 100 only.
+        setattr(reply, 'fp', None)  # or its end would close the file for the next
+        reply = HTTPResponse(bounded, method='GET')  # type: ignore[arg-type]
+        reply.begin()
+    has_text = read_body(reply, options.body) if reply.status in options.statuses else None
+    return Reply(reply.status, one_line(reply.reason[:200]), has_text, deadline.seconds_taken())
 
 
 def describe_failure(why: Exception) -> str:
@@ -479,16 +514,14 @@ def read_body(reply: HTTPResponse, text: Optional[str]) -> bool:
         if reply.chunked and (reply.chunk_left or 0) < 0:
             raise CheckFailed('no reply: a chunk of negative length')
         if not piece:
+            if reply.length:
+                raise CheckFailed('no reply: the body ended early')
             break
         seen_bytes += len(piece)
         tail += piece
         if any(encoded in tail for encoded in wanted):
             return True
         tail = tail[max(0, len(tail) - kept):]
-    else:
-        return not wanted
-    if reply.length:
-        raise CheckFailed('no reply: the body ended early')
     return not wanted
 
 
@@ -517,6 +550,7 @@ class Verdict(NamedTuple):
 
 
 def judge(reply: Union[Reply, CheckFailed], statuses: FrozenSet[int], body: Optional[str]) -> Verdict:
+    """Return what is wrong with a reply, or with there being none."""
     if isinstance(reply, CheckFailed):
         return Verdict(BAD_STATUS, str(reply))
     if reply.status not in statuses:
@@ -527,8 +561,13 @@ def judge(reply: Union[Reply, CheckFailed], statuses: FrozenSet[int], body: Opti
     return Verdict('', '')
 
 
+def is_younger(process: Process, seconds: float) -> bool:
+    """Return whether a process has run for less than seconds; no, where the clock was set back to before its start."""
+    return 0 <= process.now - process.start < seconds
+
+
 def check(options: Options, resolver: Resolver) -> Tuple[Union[Reply, CheckFailed], Verdict]:
-    """Ask the URL and judge what it answered."""
+    """Ask the URL and judge what it answered. Raises CantTell."""
     try:
         reply: Union[Reply, CheckFailed] = fetch(options, resolver)
     except CheckFailed as why:
@@ -561,7 +600,7 @@ class Httpok:
         self._server = event.server
         if self._retry() or self._restarter.is_stale(event):
             return
-        self._names.check_in_child()
+        self._names.ask_and_tell()
         try:
             reason = self._find_reason_to_wait()
         except (CantTell, Refused) as why:
@@ -571,6 +610,7 @@ class Httpok:
             if self._options.verbose:
                 self._log('%s is not checked: %s' % (self._options.target.shown, reason))
             return
+        began = time.time()
         try:
             reply, verdict = check(self._options, self._resolver)
         except CantTell as why:
@@ -583,7 +623,7 @@ class Httpok:
                 ' (failed check %d of %d)' % (self._failures, self._options.failures)
                 if self._failures < self._options.failures else ''))
             if self._failures >= self._options.failures:
-                self._act(verdict)
+                self._act(verdict, began)
         else:
             self._failures = 0
             if self._options.verbose and isinstance(reply, Reply):
@@ -595,13 +635,9 @@ class Httpok:
 
     def _find_watched(self) -> List[Process]:
         processes = self._supervisor.get_processes()
-        self._names.check(processes)
+        self._names.tell_unmatched(processes)
         return [process for process in processes if process.group != self._own_group
                 and any(name.means(process.group, process.program) for name in self._options.names)]
-
-    def _is_young(self, process: Process) -> bool:
-        # A start in the future is none to wait for: the clock was set back.
-        return 0 <= process.now - process.start < self._options.grace_seconds
 
     def _find_reason_to_wait(self) -> str:
         """Return why the URL need not be asked now, or ''. Raises CantTell and Refused."""
@@ -610,26 +646,27 @@ class Httpok:
         up = [process for process in self._find_watched() if process.state in (STARTING, RUNNING)]
         if not (self._options.eager or any(process.state == RUNNING for process in up)):
             return 'no watched process is RUNNING'
-        if up and all(map(self._is_young, up)):
+        if up and all(is_younger(process, self._options.grace_seconds) for process in up):
             return 'the watched processes have run for less than %g s' % self._options.grace_seconds
         return ''
 
-    def _act(self, verdict: Verdict) -> None:
-        """Restart what is watched, and mail what was wrong and what was done."""
+    def _act(self, verdict: Verdict, began: float) -> None:
+        """Restart what is watched, and mail what was wrong and what was done; began is when the check did."""
         self._outcomes = []
         self._lines = [verdict.text]
-        quiet = False
+        found = False
         try:
             if self._options.names:
-                quiet = self._restart_watched()
+                found = self._restart_watched(began)
         finally:
             if any(outcome.result in (RESTARTED, START_FAILED, DRY_RUN) for outcome in self._outcomes):
                 self._failures = 0
-            if self._outcomes or not quiet:
+            # What is found and comes to nothing is in its grace, or was told before: in dry run, or held back.
+            if self._outcomes or not found:
                 self._mail(verdict.subject, self._lines)
 
-    def _restart_watched(self) -> bool:
-        """Restart what is watched; return whether all of it is left alone as was told before."""
+    def _restart_watched(self, began: float) -> bool:
+        """Restart what is watched and was RUNNING when the check began; return whether there is any."""
         try:
             running = [process for process in self._find_watched() if process.state == RUNNING]
         except (CantTell, Refused) as why:
@@ -637,13 +674,19 @@ class Httpok:
             return False
         if not running:
             self._say('nothing is restarted: no watched process is RUNNING')
+        found = False
         for process in running:
-            if self._is_young(process):
+            # In whole seconds; a start in the future is that of a clock that was set back since.
+            if began < process.start <= process.now:
+                self._say('left %s alone: it was started while the URL was checked' % process.title)
+                continue
+            found = True
+            if is_younger(process, self._options.grace_seconds):
                 self._say('left %s alone: it has run for %d s, and its grace is %g s'
                           % (process.title, process.uptime_seconds, self._options.grace_seconds))
             else:
                 self._restarter.restart(process, self._dump_core if self._options.core_directory else None)
-        return bool(running)
+        return found
 
     def _dump_core(self, process: Process) -> None:
         assert self._options.core_directory
@@ -654,7 +697,7 @@ class Httpok:
         except CommandFailed as why:
             self._say('unable to write a core of %s: %s' % (process.title, why))
         else:
-            said = output[-2000:].decode('utf-8', 'replace')
+            said = decode_end(output)
             self._log('wrote a core of %s: %s' % (process.title, one_line(said)))
             self._lines += ['wrote a core of %s:' % process.title, *said.splitlines()]
 
@@ -692,18 +735,23 @@ def make_file_name(title: str) -> str:
 
 def look_once(options: Options, environment: Mapping[str, str]) -> int:
     """Print the reply and what would be restarted; return 0 if all is well, else 1."""
-    reply, verdict = check(options, Resolver())
+    supervisor = find_supervisor(options.configuration, environment) if options.names else None
     print('url      %s' % options.target.shown)
+    try:
+        reply, verdict = check(options, Resolver())
+    except CantTell as why:
+        print('verdict  unable to check: %s' % one_line(why))
+        return 1
     if isinstance(reply, Reply):
         print('status   %s' % reply.status_line)
         print('time     %.3f s' % reply.seconds)
-        if options.body:
+        if options.body and reply.has_text is not None:
             print('body     %s %r' % ('contains' if reply.has_text else 'does not contain', options.body))
     print('verdict  %s' % one_line(verdict.text or 'ok'))
-    if not options.names:
+    if not supervisor:
         return 1 if verdict.text else 0
     try:
-        processes = find_supervisor(options.configuration, environment).get_processes()
+        processes = supervisor.get_processes()
     except (CantTell, Refused) as why:
         print('watched  unable to tell: %s' % one_line(why))
         return 1
@@ -723,7 +771,7 @@ def describe_watched(process: Process, options: Options, failed: bool) -> str:
     line = '%s is RUNNING (pid %d, for %d s)' % (process.title, process.pid, process.uptime_seconds)
     if not failed:
         return line
-    if process.uptime_seconds < options.grace_seconds:
+    if is_younger(process, options.grace_seconds):
         return '%s: in its grace, not restarted' % line
     return '%s: would be restarted' % line
 
@@ -736,7 +784,7 @@ def run(options: Options) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    return command('httpok', __doc__, OPTIONS, build_options, run, argv)
+    return run_script('httpok', __doc__, OPTIONS, build_options, run, argv)
 
 
 if __name__ == '__main__':

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 
-# The most that is kept of what a command prints. `ps` needs about 25 bytes a process.
+# The most that is kept of what a command prints, and that is told of it. `ps` needs about 25 bytes a process.
 OUTPUT_LIMIT_BYTES = 16 * 1024 * 1024
+SAID_BYTES = 2000
 READ_BYTES = 65536  # as much as a pipe holds
 KILL_SECONDS = 1
 
@@ -76,23 +77,26 @@ def make_log(program: str) -> Log:
 
 # Signals. They belong to the process as a whole, so their state is the module's.
 
+# By default the last four end a process at once, in the middle of a restart too.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
 _ending = False
 _uninterrupted = False
-_status = 0
+_exit_status = 0
 
 
 def _end(signum: int, frame: object) -> None:
-    global _ending, _status
+    global _ending, _exit_status
     first, _ending = not _ending, True
     if signum not in (signal.SIGTERM, signal.SIGINT):
-        _status = 128 + signum  # not meant to end a listener, so supervisord shall start it anew
+        _exit_status = 128 + signum  # not meant to end a listener, so supervisord shall start it anew
     if first and not _uninterrupted:
         raise Ended
 
 
 @contextmanager
 def uninterrupted(raising: bool = True) -> Iterator[None]:
-    """Let a signal end the listener only after this block, or without raising after the event."""
+    """Hold back a signal until the end of this block; raising=False: until the event has been acknowledged."""
     global _uninterrupted
     ending_before, outer = _ending, _uninterrupted
     _uninterrupted = True
@@ -100,6 +104,7 @@ def uninterrupted(raising: bool = True) -> Iterator[None]:
         yield
     finally:
         _uninterrupted = outer
+    # Not where it was ending before: the blocks of finish() must not interrupt it.
     if raising and _ending and not (ending_before or outer):
         raise Ended
 
@@ -196,9 +201,7 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
     status = 0
     try:
         try:
-            # By default the last four end a process at once, in the middle of a restart too.
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                           signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+            for signum in SIGNALS:
                 signal.signal(signum, _end)
             _serve(handle, events, results)
         except BrokenPipeError:
@@ -212,7 +215,7 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
         pass
     finally:
         finish()
-    return status or _status
+    return status or _exit_status
 
 
 def _serve(handle: Callable[[Event], None], events: TextIO, results: int) -> None:
@@ -271,9 +274,14 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
         failure = ('exit status %d' % process.returncode if process.returncode > 0
                    else 'killed by signal %d' % -process.returncode)
     if failure:
-        said = one_line(output[-2000:].decode('utf-8', 'replace'))
+        said = one_line(decode_end(bytes(output)))
         raise CommandFailed('%s: %s%s' % (name, failure, ': ' + said if said else ''))
     return bytes(output)
+
+
+def decode_end(output: bytes) -> str:
+    """Return the end of what a command printed, as much as a log and a mail should hold."""
+    return output[-SAID_BYTES:].decode('utf-8', 'replace')
 
 
 def _encode(text: str) -> bytes:
@@ -286,7 +294,6 @@ def _attend(process: Popen[bytes], message: bytes, seconds_left: Callable[[], fl
     Popen.communicate() is no use here: after a timeout it does not send the rest of the message.
     """
     import selectors
-    from select import PIPE_BUF
     from subprocess import TimeoutExpired
 
     assert process.stdin and process.stdout
@@ -308,7 +315,7 @@ def _attend(process: Popen[bytes], message: bytes, seconds_left: Callable[[], fl
                         selector.unregister(process.stdout)
                 else:
                     try:
-                        unsent = unsent[os.write(key.fd, unsent[:PIPE_BUF]):]
+                        unsent = unsent[os.write(key.fd, unsent[:select.PIPE_BUF]):]
                     except BrokenPipeError:
                         unsent = b''  # it does not read it
                     if not unsent:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Callable, Deque, Mapping, NamedTuple, Optional, Tuple, Union
 
-from superlance.listener import CommandFailed, Log, one_line, printable, run_command
+from superlance.listener import CommandFailed, Log, decode_end, one_line, printable, run_command
 from superlance.options import DOMAIN, Given, Option, parse_address, parse_addresses, parse_text
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ class Mail(NamedTuple):
 
 
 def parse_smtp(text: str) -> SmtpServer:
-    """Return the SmtpServer for smtp://[user[:password]@]host[:port] or smtps://..."""
+    """Return the SmtpServer for smtp://[user[:password]@]host[:port] or smtps://...
+
+    Without a password there, it is that of SUPERLANCE_SMTP_PASSWORD. Raises ValueError.
+    """
     from urllib.parse import unquote, urlsplit
 
     # In a wrong URL anything before the last @ may be the password.
@@ -146,7 +149,7 @@ def send(settings: Settings, message: EmailMessage, seconds_left: Callable[[], f
         output = run_command(settings.sendmail, seconds_left, message.as_bytes())
     except CommandFailed as why:
         raise SendFailed(str(why))
-    return one_line(output[-2000:].decode('utf-8', 'replace'))
+    return one_line(decode_end(output))
 
 
 def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
@@ -271,7 +274,7 @@ class Outbox:
         self._last_tries = 0
 
     def put(self, subject: str, body: str, server: str = '') -> None:
-        """Send a mail as soon as may be; server is supervisord's identifier. Never waits."""
+        """Send a mail as soon as may be, none without recipients; server is supervisord's identifier. Never waits."""
         if not self._settings.recipients:
             return
         with self._changed:

@@ -15,18 +15,20 @@ What to watch, at least one of these:
                               The most specific limit holds. SIZE is bytes, or
                               a number with KB, MB, GB or TB, as in 1.5GB.
 
-When to restart:
+When and how to restart:
   -c, --cumulative            count a process' descendants in
       --samples=N             only after N ticks in a row over the limit
-      --max-restarts=N/TIME   at most N restarts of one process within TIME;
-                              then leave it alone, and tell that once
+                              (default: 1)
+      --max-restarts=N/TIME   at most N restarts of one process within TIME:
+                              seconds, or a number with s, m, h or d; then
+                              leave it alone, and tell that once
       --dry-run               say what would be restarted, and leave it running
 
 Mail:
   -m, --email=ADDR            to whom; may be repeated or hold several with
                               commas; without it there is the log only
-  -u, --uptime=TIME           mail only where the process had run for no longer
-                              than TIME: seconds, or a number with s, m, h or d
+  -u, --uptime=TIME           mail of a restart only where the process had run
+                              for no longer than TIME
   -n, --name=NAME             the subject begins with "memmon [NAME]"
   -s, --sendmail_program=CMD  the command that sends a mail
                               (default: /usr/sbin/sendmail -t -i)
@@ -36,8 +38,8 @@ Mail:
       --from=ADDR             the sender
 
 By hand, and in the log:
-      --once                  print a table of all processes and do nothing;
-                              exit status 1 if one is over its limit
+      --once                  print a table of all processes and do nothing
+                              else; exit status 0 if all is well, else 1
       --configuration=FILE    for --once: the supervisord.conf to find
                               supervisord by
   -v, --verbose               log the memory of every process at every tick
@@ -53,8 +55,8 @@ from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 from superlance import mail
 from superlance.listener import CommandFailed, Event, Log, listen, make_log, run_command
 from superlance.options import (
-    COMMON, Given, Option, Rate, UsageError, command, parse_count, parse_rate, parse_size, parse_time,
-    print_table, without_password)
+    COMMON_OPTIONS, Given, Option, Rate, UsageError, parse_count, parse_rate, parse_size, parse_time,
+    run_script, without_password)
 from superlance.processes import (
     CALL_TIMEOUT_SECONDS, DRY_RUN, EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process,
     Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
@@ -105,7 +107,7 @@ OPTIONS = (
     Option('', 'max-restarts', parse_rate),
     Option('', 'dry-run'),
     Option('v', 'verbose'),
-) + mail.OPTIONS + COMMON
+) + mail.OPTIONS + COMMON_OPTIONS
 
 
 class Options(NamedTuple):
@@ -123,6 +125,7 @@ class Options(NamedTuple):
 
 
 def build_options(given: Given, arguments: List[str]) -> Options:
+    """Return the Options for what was given. Raises UsageError."""
     if arguments:
         raise UsageError('unexpected argument %r; memmon takes options only' % without_password(arguments[0]))
     limits = given.all('program') + given.all('groupname')
@@ -130,9 +133,17 @@ def build_options(given: Given, arguments: List[str]) -> Options:
     if not limits:
         raise UsageError('nothing to watch; give -p, -g or -a, as in -a 200MB')
     return Options(
-        tuple(limits), 'cumulative' in given, given.last('uptime'), given.last('name'),
-        given.last('samples', 1), given.last('max-restarts'), 'dry-run' in given, 'verbose' in given,
-        mail.read_settings(given), 'once' in given, given.last('configuration'))
+        limits=tuple(limits),
+        cumulative='cumulative' in given,
+        uptime_seconds=given.last('uptime'),
+        name=given.last('name'),
+        samples=given.last('samples', 1),
+        max_restarts=given.last('max-restarts'),
+        dry_run='dry-run' in given,
+        verbose='verbose' in given,
+        mail=mail.read_settings(given),
+        once='once' in given,
+        configuration=given.last('configuration'))
 
 
 # Probe: how much memory every process of the machine holds.
@@ -170,7 +181,7 @@ def run_ps() -> Dict[int, Usage]:
 
 
 def read_proc() -> Dict[int, Usage]:
-    """Read Linux's /proc: the 2nd, 4th and 24th field of each stat (proc(5)). Raises CantTell."""
+    """Read Linux's /proc: the 4th and 24th field of each stat (proc(5)). Raises CantTell."""
     page_bytes = os.sysconf('SC_PAGE_SIZE')
     usages = {}
     try:
@@ -246,6 +257,23 @@ def find_limit(limits: Iterable[Limit], group: str, program: str) -> Optional[in
         pair[1].name.program is not None, pair[1].name.group is not None, pair[0]))[1].size_bytes
 
 
+# The verdict on what is to be restarted.
+OVER = 'over its limit: would be restarted'
+
+
+def judge(process: Process, held_bytes: Optional[int], limit_bytes: Optional[int]) -> str:
+    """Return the verdict on a process: OVER, or in words why it is left alone."""
+    if not process.pid:
+        return 'not running (%s)' % process.state_name
+    if held_bytes is None:
+        return 'unable to see its memory'   # /proc may be mounted with hidepid
+    if limit_bytes is None:
+        return 'not watched'
+    if held_bytes <= limit_bytes:
+        return 'ok'
+    return 'over its limit: left alone (STOPPING)' if process.state == STOPPING else OVER
+
+
 def format_size(size_bytes: int) -> str:
     """Return bytes as people read them."""
     for unit, factor in (('GB', 1024 ** 3), ('MB', 1024 ** 2), ('KB', 1024)):
@@ -284,17 +312,16 @@ class Memmon:
         self._known: Dict[Tuple[int, int], Optional[int]] = {}
         self._known_since = time.monotonic()
         self._samples: Dict[Tuple[str, int], int] = {}
+        self._reasons: Dict[Process, str] = {}
         self._server = ''
-        self._reason = ''
 
     def handle(self, event: Event) -> None:
         if not event.name.startswith('TICK'):
             return
         self._server = event.server
-        self._reason = ''
         if self._restarter.retry() or self._restarter.is_stale(event):
             return
-        self._names.check_in_child()
+        self._names.ask_and_tell()
         try:
             self._check()
         except (CantTell, Refused) as why:
@@ -307,15 +334,14 @@ class Memmon:
     def _check(self) -> None:
         usages = self._read_memory()
         held = measure(usages, self._options.cumulative)
-        over = []
-        if self._options.verbose or self._must_ask(usages, held):
-            over = self._judge(usages, held)
-        self._samples = {(process.namespec, process.pid): self._samples.get((process.namespec, process.pid), 0) + 1
-                         for process, _ in over}
-        for process, reason in over:
-            if self._samples[process.namespec, process.pid] >= self._options.samples:
-                self._samples[process.namespec, process.pid] = 0
-                self._reason = reason
+        must_look = self._options.verbose or self._must_ask(usages, held)
+        self._reasons = self._find_over(usages, held) if must_look else {}
+        before, self._samples = self._samples, {}
+        for process in self._reasons:
+            key = process.namespec, process.pid
+            self._samples[key] = before.get(key, 0) + 1
+            if self._samples[key] >= self._options.samples:
+                self._samples[key] = 0
                 self._restarter.restart(process)
 
     def _must_ask(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> bool:
@@ -329,34 +355,35 @@ class Memmon:
                     return True
         return False
 
-    def _judge(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> List[Tuple[Process, str]]:
-        """Return the processes of supervisord's that are over their limits, and why."""
+    def _find_over(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> Dict[Process, str]:
+        """Ask supervisord; return which of its processes are over their limits, and why."""
         # Mostly what is over the limit is foreign, and supervisord is not asked again for an hour.
         processes = (self._supervisor.get_processes() if self._options.verbose
                      else self._supervisor.get_processes_in_child(CALL_TIMEOUT_SECONDS))
-        self._names.check(processes)
+        self._names.tell_unmatched(processes)
         self._known_since = time.monotonic()
         self._known = {(pid, usages[pid].parent_pid): None
                        for pid, held_bytes in held.items() if held_bytes > self._smallest_bytes}
-        over = []
+        over = {}
         for process in processes:
-            if process.pid == 0 or process.pid not in held:
+            # A stopped process has pid 0, and so has a BSD's kernel.
+            if not process.pid or process.pid not in held:
                 continue
-            if process.group == self._own_group or process.state == STOPPING:
-                continue
-            limit_bytes = find_limit(self._options.limits, process.group, process.program)
             held_bytes = held[process.pid]
+            limit_bytes = find_limit(self._options.limits, process.group, process.program)
+            words = describe(held_bytes, limit_bytes)
             if self._options.verbose:
-                self._log('%s (pid %d): %s' % (process.title, process.pid, describe(held_bytes, limit_bytes)))
-            if limit_bytes is None:
+                self._log('%s (pid %d): %s' % (process.title, process.pid, words))
+            if process.group == self._own_group:
                 continue
             self._known[process.pid, usages[process.pid].parent_pid] = limit_bytes
-            if held_bytes > limit_bytes:
-                over.append((process, 'pid %d: %s' % (process.pid, describe(held_bytes, limit_bytes))))
+            if judge(process, held_bytes, limit_bytes) == OVER:
+                over[process] = 'pid %d: %s' % (process.pid, words)
         return over
 
     def _tell(self, outcome: Outcome) -> None:
-        line = '%s (%s)' % (outcome.text, self._reason) if self._reason else outcome.text
+        reason = self._reasons.get(outcome.process)
+        line = '%s (%s)' % (outcome.text, reason) if reason else outcome.text
         self._log(line)
         process, uptime_seconds = outcome.process, self._options.uptime_seconds
         if outcome.result not in SUBJECTS:
@@ -373,6 +400,13 @@ class Memmon:
 
 # One look by hand.
 
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
 def look_once(options: Options, environment: Mapping[str, str]) -> int:
     """Print every process, its memory and its limit; return 1 if one is over, else 0."""
     supervisor = find_supervisor(options.configuration, environment)
@@ -384,30 +418,18 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
         log('unable to check memory: %s' % why)
         return 1
     rows = [('GROUP', 'PROCESS', 'PID', 'MEMORY', 'LIMIT', 'VERDICT')]
-    well = True
     for process in processes:
         limit_bytes = find_limit(options.limits, process.group, process.program)
         held_bytes = held.get(process.pid) if process.pid else None
-        if held_bytes is None and process.pid:
-            verdict = 'unable to see its memory'    # /proc may be mounted with hidepid
-        elif held_bytes is None:
-            verdict = 'not running (%s)' % process.state_name
-        elif limit_bytes is None:
-            verdict = 'not watched'
-        elif held_bytes <= limit_bytes:
-            verdict = 'ok'
-        elif process.state == STOPPING:
-            verdict = 'over its limit: left alone (STOPPING)'
-        else:
-            verdict, well = 'over its limit: would be restarted', False
         rows.append((process.group, process.program, str(process.pid or '-'),
                      '-' if held_bytes is None else format_size(held_bytes),
-                     '-' if limit_bytes is None else format_size(limit_bytes), verdict))
+                     '-' if limit_bytes is None else format_size(limit_bytes),
+                     judge(process, held_bytes, limit_bytes)))
     print_table(rows)
     unmatched = find_unmatched([limit.name for limit in options.limits], processes)
     for line in unmatched:
         print(line)
-    return 0 if well and not unmatched else 1
+    return 1 if unmatched or any(row[-1] == OVER for row in rows) else 0
 
 
 def run(options: Options) -> int:
@@ -418,7 +440,7 @@ def run(options: Options) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    return command('memmon', __doc__, OPTIONS, build_options, run, argv)
+    return run_script('memmon', __doc__, OPTIONS, build_options, run, argv)
 
 
 if __name__ == '__main__':

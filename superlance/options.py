@@ -22,10 +22,10 @@ LONGEST_TIME_DAYS = 10000  # threads and sockets can't wait for more than 292 ye
 
 # The addresses of RFC 5322, less its rare forms, on some of which email.message fails.
 DOMAIN = r'\w[\w-]*(?:\.[\w-]+)*'
-WORD = r"[\w!#$%&'*+/=?^`{|}~-]"
-ADDR_SPEC = rf'{WORD}(?:{WORD}|\.)*(?:@{DOMAIN})?'
-NAME = rf'(?:"[^"\\]*"\s*|{WORD}(?:{WORD}|[. ])*(?<!\.))'
-ADDRESS = rf'(?:{NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\([\w .-]*\))?)'
+ATEXT = r"[\w!#$%&'*+/=?^`{|}~-]"
+ADDR_SPEC = rf'{ATEXT}(?:{ATEXT}|\.)*(?:@{DOMAIN})?'
+DISPLAY_NAME = rf'(?:"[^"\\]*"\s*|{ATEXT}(?:{ATEXT}|[. ])*(?<!\.))'
+MAILBOX = rf'(?:{DISPLAY_NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\([\w .-]*\))?)'
 
 
 class UsageError(Exception):
@@ -51,13 +51,17 @@ class Given:
         self._values: Dict[str, List[Any]] = {}
 
     def add(self, name: str, value: Any) -> None:
-        self._values.setdefault(name, []).append(value)
+        self._values[name] = self._values.pop(name, []) + [value]  # the last given is the last in the dictionary
 
     def all(self, name: str) -> List[Any]:
         return self._values.get(name, [])
 
     def last(self, name: str, default: Any = None) -> Any:
         return self.all(name)[-1] if name in self else default
+
+    def latest(self, *names: str) -> Optional[str]:
+        """Return which of these options stands last, None if there is none of them."""
+        return next((name for name in reversed(list(self._values)) if name in names), None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -84,9 +88,9 @@ def read_argv(argv: Sequence[str], table: Sequence[Option]) -> Tuple[Given, List
     return given, arguments
 
 
-def command(program: str, usage: str, table: Sequence[Option],
-            build: Callable[[Given, List[str]], Any], run: Callable[[Any], int],
-            argv: Optional[Sequence[str]]) -> int:
+def run_script(program: str, usage: str, table: Sequence[Option],
+               build: Callable[[Given, List[str]], Any], run: Callable[[Any], int],
+               argv: Optional[Sequence[str]]) -> int:
     """Read a command line, run what it asks for and return the exit status.
 
     build makes the script's own options of those given; it and run may raise UsageError.
@@ -118,12 +122,14 @@ def command(program: str, usage: str, table: Sequence[Option],
     except OSError as why:
         if why.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
+        if why.errno == errno.ENOSPC:
+            sys.stderr.write('%s: unable to write to stdout: %s\n' % (program, why.strerror))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what was printed can't be, at the exit neither
         return 1
 
 
 def parse_size(text: str) -> int:
-    """Return bytes for `200MB`, `1.5g` or `4096`; units are of 1024."""
+    """Return bytes for `200MB`, `1.5g` or `4096`; units are of 1024. Raises ValueError."""
     number = text.strip().upper()
     if number.endswith('B'):
         number = number[:-1]
@@ -134,7 +140,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_time(text: str) -> float:
-    """Return seconds for `90`, `90s`, `1.5m`, `2h` or `1d`."""
+    """Return seconds for `90`, `90s`, `1.5m`, `2h` or `1d`. Raises ValueError."""
     number = text.strip().lower()
     unit = number[-1:] if number[-1:] in TIME_UNITS else ''
     seconds = _parse_number(
@@ -154,14 +160,14 @@ def _parse_number(text: str, number: str, complaint: str) -> float:
 
 
 def parse_count(text: str) -> int:
-    """Return a whole number from 1."""
+    """Return a whole number from 1. Raises ValueError."""
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
         raise ValueError('%r is not a count; write a whole number from 1' % text)
     return int(text)
 
 
 def parse_timeout(text: str) -> float:
-    """Return seconds, more than none."""
+    """Return seconds, more than none. Raises ValueError."""
     seconds = parse_time(text)
     if seconds <= 0:
         raise ValueError('%r is no time to wait; write more than 0 seconds' % text)
@@ -176,7 +182,7 @@ class Rate(NamedTuple):
 
 
 def parse_rate(text: str) -> Rate:
-    """Return the Rate for `3/1h`."""
+    """Return the Rate for `3/1h`. Raises ValueError."""
     times, slash, period = text.partition('/')
     if not slash:
         raise ValueError('%r is not a number within a time; write N/TIME, as in 3/1h' % text)
@@ -184,19 +190,19 @@ def parse_rate(text: str) -> Rate:
 
 
 def parse_addresses(text: str) -> Tuple[str, ...]:
-    """Return the mail addresses in a text that may hold several with commas."""
+    """Return the mail addresses in a text that may hold several with commas. Raises ValueError."""
     # A comma parts two addresses where an even number of quotes follows it.
     addresses = tuple(part.strip() for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*\Z)', text))
     for address in addresses:
         # email.message would decode an encoded word (RFC 2047), to a line end even.
-        if not (address.isprintable() and re.fullmatch(ADDRESS, address, re.ASCII)) or '=?' in address:
+        if not (address.isprintable() and re.fullmatch(MAILBOX, address, re.ASCII)) or '=?' in address:
             raise ValueError('%r is not a mail address; write one, as in bob@example.com, '
                              'or several with commas' % text)
     return addresses
 
 
 def parse_address(text: str) -> str:
-    """Return the one mail address in text."""
+    """Return the one mail address in text. Raises ValueError."""
     addresses = parse_addresses(text)
     if len(addresses) != 1:
         raise ValueError('%r is more than one mail address' % text)
@@ -221,20 +227,13 @@ def without_password(url: str) -> str:
 
 
 def parse_text(text: str) -> str:
-    """Return text that is not empty."""
+    """Return text that is not empty. Raises ValueError."""
     if not text:
         raise ValueError('an empty text; write at least a character')
     return text
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
-
-
-COMMON = (
+COMMON_OPTIONS = (
     Option('', 'once'),
     Option('', 'configuration', parse_text),
     Option('h', 'help'),

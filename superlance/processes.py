@@ -16,7 +16,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTup
 from superlance.listener import Event, Log, parse_tokens, uninterrupted
 from superlance.options import Rate, UsageError, without_password
 
-# supervisor/states.py
+# supervisor/states.py, all of them
 STOPPED, STARTING, RUNNING, BACKOFF = 0, 10, 20, 30
 STOPPING, EXITED, FATAL, UNKNOWN = 40, 100, 200, 1000
 
@@ -26,6 +26,9 @@ CALL_TIMEOUT_SECONDS = 30
 FOLLOW_SECONDS = 60
 LOOK_SECONDS = 0.2
 MAX_FAILED_CALLS = 3
+# For want of an answer the names are not checked, and asked for again later.
+NAMES_TIMEOUT_SECONDS = 5
+NAMES_RETRY_SECONDS = 60
 
 
 class CantTell(Exception):
@@ -84,7 +87,7 @@ EVERY = Name(None, None)
 
 
 def parse_name(text: str) -> Name:
-    """Return the Name for `program`, `group:program` or `group:*`."""
+    """Return the Name for `program`, `group:program` or `group:*`. Raises ValueError."""
     parts = text.strip().split(':')
     if len(parts) == 1 and parts[0] and parts[0] != '*':
         return Name(None, parts[0])
@@ -245,29 +248,26 @@ def make_process(info: Mapping[str, Any]) -> Process:
 class NameCheck:
     """Tells once of each name that means no process."""
 
-    RETRY_SECONDS = 60
-    TIMEOUT_SECONDS = 5
-
     def __init__(self, names: Iterable[Name], supervisor: Supervisor, log: Log) -> None:
-        self._names = [name for name in names if name != EVERY]
+        self._names = [name for name in names if name != EVERY]  # which needs no check
         self._supervisor = supervisor
         self._log = log
         self._next_try = 0.0
 
-    def check(self, processes: Iterable[Process]) -> None:
+    def tell_unmatched(self, processes: Iterable[Process]) -> None:
         for line in find_unmatched(self._names, processes):
             self._log(line)
         self._names = []
 
-    def check_in_child(self) -> None:
+    def ask_and_tell(self) -> None:
         """Ask supervisord without the 15 MB that this needs; where it can't tell, a minute later again."""
         if not self._names or time.monotonic() < self._next_try:
             return
-        self._next_try = time.monotonic() + self.RETRY_SECONDS
+        self._next_try = time.monotonic() + NAMES_RETRY_SECONDS
         try:
-            self.check(self._supervisor.get_processes_in_child(self.TIMEOUT_SECONDS))
+            self.tell_unmatched(self._supervisor.get_processes_in_child(NAMES_TIMEOUT_SECONDS))
         except (CantTell, Refused):
-            pass
+            pass  # it is asked again; where that goes on, what needs supervisord tells why
 
 
 # What became of a restart.
@@ -329,6 +329,7 @@ def judge_stopped(judged: Process, current: Process, failed_start: Optional[int]
         return WAIT
     if current.state == BACKOFF:
         return FAILED
+    # Down since our stop, or since a start of ours that failed; else somebody stopped it, or it ended by itself.
     if current.state == FATAL or (current.state, current.start) in ((STOPPED, judged.start), (EXITED, failed_start)):
         return START
     return LEAVE
@@ -347,7 +348,7 @@ class Down:
 class Restarter:
     """Restarts processes one after another, and remembers those that it left down.
 
-    tell is called with every Outcome, before a signal can end the listener.
+    tell is called with every Outcome; that of a restart before a signal can end the listener.
     """
 
     def __init__(self, supervisor: Supervisor, tell: Callable[[Outcome], None],
@@ -419,7 +420,7 @@ class Restarter:
                     self._last_end = time.time()
                     if not down.counted:
                         self._count(down.judged)
-                # A failed stop was told when it failed.
+                # STOP_FAILED is nothing new: it could not be looked at, or the failed stop has been told.
                 if outcome.result != STOP_FAILED and outcome.text not in down.told:
                     down.told.add(outcome.text)
                     self._tell(outcome)

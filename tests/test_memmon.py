@@ -16,7 +16,7 @@ from superlance import mail, memmon
 from superlance.listener import make_log
 from superlance.memmon import Limit, Usage
 from superlance.options import Rate, read_argv
-from superlance.processes import EVERY, STOPPED, CantTell, Name, Process
+from superlance.processes import EVERY, RUNNING, STOPPED, STOPPING, CantTell, Name, Process
 
 KB, MB, GB = 1024, 1024 ** 2, 1024 ** 3
 
@@ -258,6 +258,20 @@ def test_sum_descendants(family: Dict[int, Tuple[int, int]], totals: Dict[int, i
 ])
 def test_the_most_specific_limit_holds(argv: List[str], limit_bytes: Optional[int]) -> None:
     assert memmon.find_limit(build(*argv).limits, 'bar', 'foo') == limit_bytes
+
+
+@pytest.mark.parametrize('changes, held_bytes, limit_bytes, verdict', [
+    ({}, 2, 1, memmon.OVER),
+    ({}, 1, 1, 'ok'),
+    ({}, 2, None, 'not watched'),
+    ({}, None, 1, 'unable to see its memory'),
+    ({'state': STOPPING}, 2, 1, 'over its limit: left alone (STOPPING)'),
+    ({'state': STOPPING}, 1, 1, 'ok'),
+    ({'pid': 0, 'state_name': 'EXITED'}, None, 1, 'not running (EXITED)'),
+])
+def test_judge(changes: Dict[str, Any], held_bytes: Optional[int], limit_bytes: Optional[int], verdict: str) -> None:
+    process = Process('web', 'web', 7, RUNNING, 'RUNNING', 1, 2, '')._replace(**changes)
+    assert memmon.judge(process, held_bytes, limit_bytes) == verdict
 
 
 @pytest.mark.parametrize('size_bytes, text', [
@@ -616,7 +630,7 @@ def test_dry_run_says_so_and_does_nothing(world: World) -> None:
 
 def test_verbose_tells_of_every_process_at_every_tick(world: World) -> None:
     world.show({name: 50 for name in ALL}, ['%d 1 900' % os.getpid()])
-    with world.memmon('-g', 'bar=100KB', '-v') as listener:
+    with world.memmon('-g', 'bar=100KB', '-v', group='foo') as listener:
         for ticks in (1, 2):
             tick(listener)
             for name, title, rest in [('web:web', 'web', ', and no limit'), ('foo:foo', 'foo', ', and no limit'),
@@ -693,17 +707,20 @@ def test_process_whose_start_was_lost_is_started_at_the_next_tick(world: World) 
         listener.close()
     assert world.inbox.subjects == ['memmon: failed to start process web', 'memmon: process web restarted']
     body = world.inbox.mails[1].get_content()
-    assert body.startswith('restarted web\n'), 'no reason of another process or tick'
+    assert body.startswith('restarted web (pid %d: ' % world.pids['web:web'])
 
 
 def test_process_left_down_is_started_when_the_listener_ends(world: World) -> None:
-    world.show({'web:web': HELD_KIB})
+    world.show({'foo:foo': HELD_KIB, 'web:web': 2 * HELD_KIB})
     world.proxy.rules['startProcess'] = ['lose call'] * 3
     with world.memmon('-a', '100KB') as listener:
         tick(listener)
-        assert world.supervisord.info('web')['statename'] == 'STOPPED'
+        assert world.supervisord.info('foo')['statename'] == 'STOPPED'
         assert listener.terminate() == 0
-        assert world.supervisord.info('web')['statename'] == 'RUNNING'
+        assert world.supervisord.info('foo')['statename'] == 'RUNNING'
+        # For its own reason, not for that of the last one.
+        listener.wait_for_log('memmon: restarted foo (pid %d: 300.0KB, ' % world.pids['foo:foo'])
+        listener.wait_for_log('memmon: restarted web (pid %d: 600.0KB, ' % world.pids['web:web'])
 
 
 def test_tick_from_before_the_end_of_a_restart_is_skipped(world: World) -> None:
@@ -746,6 +763,14 @@ def test_process_that_somebody_restarts_meanwhile_is_not_stopped(world: World) -
 
 
 # One look by hand.
+
+def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
+    memmon.print_table([('name', 'size', 'what'), ('a', '200MB', ''), ('group:program', '1', 'too much')])
+    assert capsys.readouterr().out == (
+        'name           size   what\n'
+        'a              200MB\n'
+        'group:program  1      too much\n')
+
 
 def look(*arguments: str, folder: Path, **environment: str) -> 'subprocess.CompletedProcess[str]':
     env = {key: value for key, value in os.environ.items() if not key.startswith('SUPERVISOR_')}
@@ -868,7 +893,7 @@ def test_pid_0_of_ps_is_no_process_of_supervisord(monkeypatch: pytest.MonkeyPatc
     stopped = Process('web', 'web', 0, STOPPED, 'STOPPED', 1, 2, '')
     monkeypatch.setattr(listener._supervisor, 'get_processes_in_child', lambda seconds: [stopped])
     usages = {0: memmon.Usage(0, 1 << 30)}
-    assert listener._judge(usages, memmon.measure(usages, False)) == []
+    assert listener._find_over(usages, memmon.measure(usages, False)) == {}
 
 
 def test_password_in_an_argument_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,9 +242,9 @@ REAL_MONOTONIC = time.monotonic
 def test_name_check_tells_once() -> None:
     lines: List[str] = []
     names = NameCheck([parse_name('wbe')], Supervisor({}), lines.append)
-    names.check([make_process(INFO)])
-    names.check([make_process(INFO)])
-    names.check_in_child()  # would fail: there is no supervisord
+    names.tell_unmatched([make_process(INFO)])
+    names.tell_unmatched([make_process(INFO)])
+    names.ask_and_tell()  # would fail: there is no supervisord
     assert lines == ['no process is called wbe']
 
 
@@ -260,10 +260,10 @@ def test_name_check_in_child(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     with Supervisord(tmp_path, PROGRAM) as supervisord, Proxy(tmp_path / 'p.sock', supervisord.socket, {}) as proxy:
         supervisor = Supervisor({'SUPERVISOR_SERVER_URL': proxy.url})
         names = NameCheck([parse_name('wbe')], supervisor, make_log('x'))
-        names.check_in_child()
-        names.check_in_child()
+        names.ask_and_tell()
+        names.ask_and_tell()
         assert proxy.calls == ['getAllProcessInfo']
-        NameCheck([EVERY], supervisor, make_log('x')).check_in_child()
+        NameCheck([EVERY], supervisor, make_log('x')).ask_and_tell()
         assert proxy.calls == ['getAllProcessInfo']
         assert set(find_children(os.getpid())) <= {*children, supervisord.pid}
     assert capfd.readouterr().err.count('no process is called wbe') == 1
@@ -280,10 +280,10 @@ def test_name_check_in_child_without_supervisord(tmp_path: Path, capfd: pytest.C
         monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
         for seconds in (0, 1, 58):
             clock[0] += seconds
-            names.check_in_child()
+            names.ask_and_tell()
             assert len(proxy.calls) == 1
         clock[0] += 2
-        names.check_in_child()
+        names.ask_and_tell()
         assert len(proxy.calls) == 2
         monkeypatch.setattr(time, 'monotonic', REAL_MONOTONIC)
         assert set(find_children(os.getpid())) <= {*children, supervisord.pid}
@@ -345,9 +345,9 @@ def test_name_check_in_child_with_a_supervisord_that_hangs(tmp_path: Path) -> No
         names = NameCheck([parse_name('wbe')], Supervisor({'SUPERVISOR_SERVER_URL': 'unix://%s/s.sock' % tmp_path}),
                           make_log('x'))
         begun = time.monotonic()
-        names.check_in_child()
+        names.ask_and_tell()
         assert time.monotonic() - begun < 20
-        names.check_in_child()
+        names.ask_and_tell()
     assert asked == [1]
     assert find_children(os.getpid()) == children
 
