@@ -179,7 +179,7 @@ class LastWords:
             known = self._paths.get(namespec)
             info = self._ask('getProcessInfo', namespec)
             self._add_paths(info)
-            if known not in (None, self._paths[namespec]):
+            if known != self._paths[namespec]:
                 parts, trouble = self._read_both(namespec)  # `supervisorctl update` has changed its logs
             current = make_process(info)
             if parts and current.pid and str(current.pid) != crash.pid:

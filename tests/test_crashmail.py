@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import pytest
 from inbox import CommandInbox
-from support import PYTHON, Listener, Supervisord, serving, wait_for
+from support import PYTHON, Listener, Proxy, Supervisord, serving, wait_for
 
 from superlance import crashmail, mail
 from superlance.crashmail import Crash, Digest, LastWords, Report, main
@@ -559,6 +559,14 @@ def test_log_that_may_not_be_opened(supervisord: Supervisord, logs: Logs, monkey
     words = LastWords(Supervisor(supervisord.environment), 5)
     monkeypatch.setattr(builtins, 'open', may_not)
     assert words.fetch(CRASHED) == '\nThe last lines of its stdout log:\n  words'
+
+
+def test_log_that_is_read_as_soon_as_supervisord_answers(tmp_path: Path, supervisord: Supervisord, logs: Logs) -> None:
+    lost = {'getAllProcessInfo': ['lose call'], 'getProcessInfo': ['lose call'] * 2}
+    logs('words\n')
+    with Proxy(tmp_path / 'p.sock', supervisord.socket, lost) as proxy:
+        words = LastWords(Supervisor({'SUPERVISOR_SERVER_URL': proxy.url}), 5)
+        assert words.fetch(CRASHED) == '\nThe last lines of its stdout log:\n  words'
 
 
 def test_tail_of_names_that_are_not_ascii(start: Start, supervisord: Supervisord, logs: Logs) -> None:

@@ -406,12 +406,13 @@ def test_signal_while_idle(arguments: List[str], signum: int) -> None:
         assert listener.log == ''
 
 
-def test_signal_after_a_failed_start_tries_once_more(rig: Rig, tmp_path: Path) -> None:
+@pytest.mark.parametrize('kind', LISTENERS)
+def test_signal_after_a_failed_start_tries_once_more(rig: Rig, tmp_path: Path, kind: str) -> None:
     """What was left down is started before the listener ends."""
     rig.wait_until_grown()
     rules = {'startProcess': ['lose call'], 'getProcessInfo': list(ALL_LOST)}
     with Proxy(tmp_path / 'p.sock', rig.supervisord.socket, rules) as proxy, \
-            rig.listen('memmon', proxy.url) as listener:
+            rig.listen(kind, proxy.url) as listener:
         listener.tick()
         listener.wait_for_log('failed to start web')
         assert rig.supervisord.info('web')['statename'] == 'STOPPED'

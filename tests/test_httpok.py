@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import email
+import errno
 import os
 import re
 import select
@@ -14,7 +15,7 @@ import struct
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -523,6 +524,20 @@ GOOD_REPLIES: Dict[str, Tuple[Answer, List[str]]] = {
 }
 
 
+def test_no_more_than_a_mebibyte_is_read_without_a_text() -> None:
+    sent_bytes = 0
+
+    def answer(client: socket.socket) -> None:
+        nonlocal sent_bytes
+        client.sendall(make_head())
+        with suppress(OSError):
+            while sent_bytes < 1 << 28:
+                sent_bytes += client.send(b'x' * 65536)
+
+    assert check_site(answer) == GOOD
+    assert 1 << 20 <= sent_bytes < 1 << 26      # what the kernel holds on the way comes on top
+
+
 @pytest.mark.parametrize('name', GOOD_REPLIES)
 def test_good_reply(name: str) -> None:
     answer, argv = GOOD_REPLIES[name]
@@ -531,6 +546,8 @@ def test_good_reply(name: str) -> None:
 
 BAD_REPLIES: Dict[str, Tuple[Answer, List[str], str]] = {
     'status': (reply(status='404 Not Here'), [], 'status 404 Not Here where 200 was expected'),
+    'switching protocols': (make_head(status='101 Switching Protocols'), [],
+                            'status 101 Switching Protocols where 200 was expected'),
     'not one of several': (reply(), ['-c', '201', '-c', '204'], 'status 200 OK where 201 or 204 was expected'),
     'status before body': (reply(b'fine', status='500 No'), TEXT, 'status 500 No where 200 was expected'),
     'no body': (reply(b''), TEXT, "the body does not contain 'fine'"),
@@ -817,6 +834,36 @@ def test_a_refused_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) ->
             accept_with(site, server)
         pauses = on_pause(monkeypatch, start)
         assert check('http://127.0.0.1:%d/' % server.getsockname()[1]) == GOOD
+        server.shutdown(socket.SHUT_RDWR)
+    assert pauses == [1]
+
+
+def test_a_refused_connection_is_not_waited_for_beyond_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = on_pause(monkeypatch, lambda: None)
+    with refusing() as server:
+        check('-t', SHORT, 'http://127.0.0.1:%d/' % server.getsockname()[1])
+    assert pauses and max(pauses) <= float(SHORT)
+
+
+def test_an_address_that_refuses_is_tried_again_though_another_fails_otherwise(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site()
+    really_open, nowhere = httpok._open_socket, ('192.0.2.1', 80)
+
+    def open_socket(family: int, address: Any, timeout_seconds: float) -> socket.socket:
+        if address == nowhere:
+            raise OSError(errno.EHOSTUNREACH, 'No route to host')
+        return really_open(family, address, timeout_seconds)
+
+    monkeypatch.setattr(httpok, '_open_socket', open_socket)
+    with refusing() as server:
+        resolve_by(monkeypatch, lambda: [(socket.AF_INET, server.getsockname()), (socket.AF_INET, nowhere)])
+
+        def start() -> None:
+            server.listen(5)
+            accept_with(site, server)
+        pauses = on_pause(monkeypatch, start)
+        assert check('http://web.example/') == GOOD
         server.shutdown(socket.SHUT_RDWR)
     assert pauses == [1]
 
@@ -1282,6 +1329,15 @@ def test_a_process_that_was_started_during_the_check_is_left_alone(shared: Super
     assert 'restarted web' not in text and shared.info('web:web')['pid'] == pid
 
 
+def test_a_dry_run_starts_the_count_again(shared: Supervisord, tmp_path: Path) -> None:
+    with Site(FAILING) as site, Watch(
+            shared, tmp_path, '-p', 'web', '--failures=2', '--dry-run', site.url()) as watch:
+        for _ in range(3):
+            assert watch.tick() == set()
+        assert len(watch.close()) == 1
+        assert watch.log.count('(failed check 1 of 2)') == 2
+
+
 def test_a_restart_starts_the_count_again(shared: Supervisord, tmp_path: Path) -> None:
     with Site(FAILING) as site, Watch(shared, tmp_path, '--failures=2', '-p', 'web', site.url()) as watch:
         assert [watch.tick() for _ in range(5)] == [set(), {'web:web'}, set(), {'web:web'}, set()]
@@ -1466,6 +1522,14 @@ def test_a_core_that_can_not_be_written_does_not_keep_from_the_restart(shared: S
         assert re.search('unable to write a core of web: .*: exit status 3: disk full\n', told)
 
 
+def test_a_command_for_cores_that_hangs_does_not_keep_from_the_restart(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(httpok, 'GCORE_TIMEOUT_SECONDS', 0.2)
+    listener = make_listener('-d', str(tmp_path), '-g', str(write_script(tmp_path / 'gcore', 'exec sleep 600\n')))
+    listener._dump_core(make_running(1, 2))
+    assert capfd.readouterr().err.endswith('%s/web 7: did not end in time\n' % tmp_path)
+
+
 def test_a_signal_ends_the_command_for_cores(shared: Supervisord, tmp_path: Path) -> None:
     # Its stdin ends once the listener waits for it.
     script = write_script(tmp_path / 'gcore', 'cat\necho $$ > pid.new\nmv pid.new pid\nexec sleep 600\n')
@@ -1598,6 +1662,25 @@ def test_once_with_a_configuration_that_is_not_there() -> None:
 
 def make_listener(*argv: str) -> httpok.Httpok:
     return httpok.Httpok(httpok.build_options(*read_argv([*argv, 'http://127.0.0.1:1/'], httpok.OPTIONS)), {})
+
+
+def test_a_late_restart_ends_the_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Site() as site:
+        listener = httpok.Httpok(httpok.build_options(*read_argv([site.url()], httpok.OPTIONS)), {})
+        for restarted in (True, False):
+            monkeypatch.setattr(listener._restarter, 'retry', lambda: restarted)
+            listener.handle(Event('TICK_5', 'when:1', '', 0.0))
+            assert len(site.requests) == (0 if restarted else 1)
+
+
+def test_what_is_starting_is_waited_for_in_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting = make_running(990, 1000)._replace(state=STARTING)
+    listener = make_listener('-a', '--grace=60')
+    monkeypatch.setattr(listener, '_find_watched', lambda: [starting])
+    assert listener._find_reason_to_wait() == 'the watched processes have run for less than 60 s'
+    listener = make_listener('-a', '-E')
+    monkeypatch.setattr(listener, '_find_watched', lambda: [starting])
+    assert listener._find_reason_to_wait() == 'no watched process is RUNNING'
 
 
 def make_running(start: int, now: int) -> Process:

@@ -506,7 +506,7 @@ def test_hung_command_is_killed_with_its_children(make_outbox: Make, tmp_path: P
     outbox.put('a subject', 'a body')
     found = wait_for_pids(pids, 2)
     assert all(map(is_alive, found))
-    outbox.advance(mail.SEND_TIMEOUT_SECONDS - 1)
+    outbox.advance(59)
     outbox.put('second', '')
     assert all(map(is_alive, found)) and not outbox.lines
     outbox.advance(1)
@@ -630,6 +630,17 @@ def test_delay_begins_anew_after_a_success(make_outbox: Make, tmp_path: Path) ->
     assert lines.times == [0, 10, 30, 70, 70, 80]
 
 
+def test_delay_is_not_put_off_by_a_new_mail_that_fails(make_outbox: Make) -> None:
+    outbox = make_outbox('exit 75', clock=Clock())
+    outbox.put('first', '')
+    outbox.lines.wait('mail "first"')
+    outbox.advance(9)
+    outbox.put('second', '')
+    outbox.lines.wait('mail "second"')
+    outbox.advance(1)
+    outbox.lines.wait('mail "first"', 2)
+
+
 def test_the_oldest_is_dropped_beyond_a_thousand(
         make_outbox: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outbox = make_outbox(write_hanging(tmp_path / 'mta', tmp_path / 'pids'), clock=Clock())
@@ -731,6 +742,7 @@ class Server(Controller):
                  **options: Any) -> None:
         self.taken: List[Tuple[str, List[str], EmailMessage, Any]] = []
         self.logins: List[Tuple[str, bytes, bytes]] = []
+        self.farewells = 0
         self._refused = refused
         self._quit_status = quit_status
         super().__init__(self, hostname='127.0.0.1', port=port, **options)
@@ -758,6 +770,7 @@ class Server(Controller):
         return '250 taken'
 
     async def handle_QUIT(self, server: Any, session: Any, envelope: Any) -> str:
+        self.farewells += 1
         return self._quit_status
 
     def log_in(self, server: Any, session: Any, envelope: Any, mechanism: str, data: LoginPassword) -> AuthResult:
@@ -876,7 +889,9 @@ def test_mail_goes_once_whatever_is_answered_to_quit(answer: str, make_outbox: M
         outbox.lines.wait('mail "second"')
         outbox.close()
         assert [str(message['Subject']) for _, _, message, _ in server.taken] == ['first', 'second']
+        wait_for(lambda: server.farewells == 2)
     assert outbox.lines == ['sent mail "%s" to bob@example.com' % subject for subject in ('first', 'second')]
+    wait_for(lambda: not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)])
 
 
 @pytest.mark.parametrize('kind', ['plain', 'starttls', 'smtps'])

@@ -16,7 +16,7 @@ from superlance import mail, memmon
 from superlance.listener import make_log
 from superlance.memmon import Limit, Usage
 from superlance.options import Rate, read_argv
-from superlance.processes import EVERY, RUNNING, STOPPED, STOPPING, CantTell, Name, Process
+from superlance.processes import EVERY, RESTARTED, RUNNING, STOPPED, STOPPING, CantTell, Name, Outcome, Process
 
 KB, MB, GB = 1024, 1024 ** 2, 1024 ** 3
 
@@ -701,9 +701,9 @@ def test_process_whose_start_was_lost_is_started_at_the_next_tick(world: World) 
         tick(listener)
         listener.wait_for_log('memmon: failed to start web')
         assert world.supervisord.info('web')['statename'] == 'STOPPED'
-        world.show({})
+        world.show({'foo:foo': HELD_KIB})
         tick(listener)
-        world.supervisord.wait_for_restart('web', world.pids['web:web'])
+        assert world.find_restarted() == ['web:web'], 'what else is to be done waits for the next tick'
         listener.close()
     assert world.inbox.subjects == ['memmon: failed to start process web', 'memmon: process web restarted']
     body = world.inbox.mails[1].get_content()
@@ -886,6 +886,26 @@ def test_once_without_memory(world: World, monkeypatch: pytest.MonkeyPatch, capf
 
 
 # Beyond the usual.
+
+def test_mail_of_a_restart_is_for_an_uptime_of_no_more_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = memmon.Memmon(build('-a', '1', '-u', '60'), {})
+    mails: List[str] = []
+    monkeypatch.setattr(listener._outbox, 'put', lambda subject, body, server: mails.append(subject))
+    for now in (1059, 1060, 1061):
+        process = Process('web', str(now), 7, RUNNING, 'RUNNING', 1000, now, '')
+        listener._tell(Outcome(process, RESTARTED, 'restarted'))
+    assert mails == ['memmon: process web:%d restarted' % now for now in (1059, 1060)]
+
+
+def test_supervisord_is_asked_anew_about_a_pid_of_another_parent_and_after_an_hour() -> None:
+    listener = memmon.Memmon(build('-a', '1KB'), {})
+    listener._known = {(5, 1): None}
+    held = {5: 2 * KB}
+    assert not listener._must_ask({5: Usage(1, 2 * KB)}, held)
+    assert listener._must_ask({5: Usage(2, 2 * KB)}, held)
+    listener._known_since -= 3601
+    assert listener._must_ask({5: Usage(1, 2 * KB)}, held)
+
 
 def test_pid_0_of_ps_is_no_process_of_supervisord(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process has pid 0, and so has the kernel on a BSD."""
