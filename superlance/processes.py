@@ -150,7 +150,7 @@ class Supervisor:
             if why.errcode == 401:
                 raise CantTell('supervisord at %s asks for a user name and password (401): set '
                                'SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD by environment= in the '
-                               "listener's section" % shown)
+                               "listener's section, or for --once username and password in [supervisorctl]" % shown)
             raise CantTell('supervisord at %s answers %s to %s: %s' % (shown, why.errcode, method, why.errmsg))
         except PermissionError:
             raise CantTell("supervisord's socket %s may not be opened by user %d: see chmod and chown in "
@@ -229,10 +229,11 @@ def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]
     client.stderr = io.StringIO()
     try:
         client.realize(['-c', configuration] if configuration else [], doc='', progname='supervisorctl')
-    except SystemExit:
-        raise UsageError('option --configuration: %s' % client.stderr.getvalue().partition('\n')[0])
-    except Error as why:
-        raise UsageError('option --configuration: %s' % why)
+    except (SystemExit, Error) as why:
+        reason = str(why) if isinstance(why, Error) else client.stderr.getvalue().partition('\n')[0]
+        if configuration:
+            raise UsageError('option --configuration: %s' % reason)
+        raise UsageError('%s: %s; name another file by --configuration' % (client.configfile, reason))
     section = client.configroot.supervisorctl
     return Supervisor({'SUPERVISOR_SERVER_URL': section.serverurl or 'http://localhost:9001',
                        'SUPERVISOR_USERNAME': section.username or '',

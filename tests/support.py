@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
 
 from supervisor import childutils
 
@@ -22,14 +23,14 @@ PYTHON = sys.executable
 COMMANDS = str(Path(PYTHON).parent)     # where the console scripts are
 
 
-def wait_for(condition: Callable[[], Any], what: str = '', timeout: float = TIMEOUT) -> Any:
-    """Return the first true value of condition; fail when there is none in time."""
+def wait_for(condition: Callable[[], Any], what: Union[str, Callable[[], str]] = '', timeout: float = TIMEOUT) -> Any:
+    """Return the first true value of condition; fail, and tell of what, when there is none in time."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, 'not in time: %s' % (what or condition)
+        assert time.monotonic() < deadline, 'not in time: %s' % ((what() if callable(what) else what) or condition)
         time.sleep(0.02)
 
 
@@ -66,16 +67,14 @@ class Listener:
         env = dict(os.environ, SUPERVISOR_SERVER_URL='unix:///nonexistent/supervisor.sock',
                    SUPERVISOR_GROUP_NAME='listener', SUPERVISOR_PROCESS_NAME='listener')
         env.update(environment or {})
+        # A file, not a pipe: it holds every line that was written before an acknowledgement.
+        self._log = tempfile.TemporaryFile()
         options: Dict[str, Any] = dict(
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=env, cwd=folder)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0, env=env, cwd=folder)
         options.update(popen)
         self.process = subprocess.Popen([PYTHON, '-m', 'superlance.' + arguments[0], *arguments[1:]], **options)
         self.pid = self.process.pid
-        self._log = b''
         self._serial = 0
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        if self.process.stderr:
-            self._reader.start()
 
     def __enter__(self) -> Listener:
         return self
@@ -87,21 +86,10 @@ class Listener:
         for stream in (self.process.stdin, self.process.stdout):
             if stream:
                 stream.close()
-        if self.process.stderr:
-            self._reader.join(TIMEOUT)
-            self.process.stderr.close()
-
-    def _read_log(self) -> None:
-        assert self.process.stderr
-        while True:
-            chunk = self.process.stderr.read(65536)
-            if not chunk:
-                return
-            self._log += chunk
 
     @property
     def log(self) -> str:
-        return self._log.decode('utf-8', 'replace')
+        return os.pread(self._log.fileno(), 1 << 24, 0).decode('utf-8', 'replace')
 
     def wait_for_log(self, text: str, timeout: float = TIMEOUT) -> str:
         wait_for(lambda: text in self.log, 'log %r' % text, timeout)
@@ -135,7 +123,8 @@ class Listener:
         self.expect(b'RESULT 2\nOK')
 
     def tick(self) -> None:
-        self.serve_event('TICK_5', 'when:%d' % time.time())
+        """Serve a tick that is younger than any restart before it, though `when` is in whole seconds."""
+        self.serve_event('TICK_5', 'when:%d' % (time.time() + 1))
 
     def crash(self, program: str = 'web', group: Optional[str] = None, pid: int = 123, expected: int = 0) -> None:
         self.serve_event('PROCESS_STATE_EXITED', 'processname:%s groupname:%s from_state:RUNNING expected:%d pid:%d'
@@ -184,9 +173,9 @@ class Supervisord:
         self.pid = self.process.pid
         try:
             if interface and own_server and not server:
-                wait_for(self._answers, 'supervisord: %s' % read(self.log_path))
+                wait_for(self._answers, lambda: self.log)
             elif own_server:
-                wait_for(self._accepts, 'supervisord: %s' % read(self.log_path))
+                wait_for(self._accepts, lambda: self.log)
         except BaseException:
             self.stop()
             raise
@@ -259,6 +248,17 @@ class Supervisord:
         return found
 
 
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    """Return what a client sends up to and with end. Raises ConnectionError where it goes before."""
+    request = b''
+    while end not in request:
+        received = client.recv(65536)
+        if not received:
+            raise ConnectionError('%r and no more' % request)
+        request += received
+    return request
+
+
 class Proxy:
     """A unix socket before supervisord's, which can lose a call or its answer.
 
@@ -295,12 +295,7 @@ class Proxy:
         with client, socket.socket(socket.AF_UNIX) as upstream:
             upstream.settimeout(TIMEOUT)
             try:
-                request = b''
-                while b'</methodCall>' not in request:
-                    chunk = client.recv(65536)
-                    if not chunk:
-                        return
-                    request += chunk
+                request = read_until(client, b'</methodCall>')
                 method = request.partition(b'<methodName>supervisor.')[2].partition(b'<')[0].decode()
                 self.calls.append(method)
                 rule = self.rules[method].pop(0) if self.rules.get(method) else 'pass'

@@ -17,7 +17,7 @@ import pytest
 from inbox import CommandInbox
 from superlance import __version__
 from support import (
-    PYTHON, TIMEOUT, Listener, Supervisord, find_children, read, serving, wait_for, write_script)
+    PYTHON, TIMEOUT, Listener, Supervisord, find_children, read, read_until, serving, wait_for, write_script)
 from test_listener import ASCII, BROKEN_HEADERS, count_unread
 
 URL = 'http://127.0.0.1:1/'     # nobody listens there
@@ -718,7 +718,7 @@ def measure(pid: int) -> Holdings:
 
 
 def answer(client: socket.socket) -> None:
-    client.recv(65536)
+    read_until(client, b'\r\n\r\n')
     client.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok')
 
 

@@ -13,7 +13,8 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List
 
 import pytest
 
-from support import Listener, Proxy, Supervisord, find_children, is_alive, read, serving, wait_for, write_script
+from support import (
+    Listener, Proxy, Supervisord, find_children, is_alive, read, read_until, serving, wait_for, write_script)
 
 ALL_LOST = ['pass'] + ['lose call'] * 3
 LISTENERS = ['memmon', 'httpok']
@@ -76,8 +77,7 @@ class Rig:
         assert self.supervisord.info('web')['statename'] == 'RUNNING'
         wait_for(lambda: count_starts(self.supervisord.folder) >= 2)
         lines = listener.log.count('\n')
-        tick(listener)
-        wait_for_tick_logged(listener)
+        listener.tick()
         assert listener.log.count('\n') == lines, listener.log
         assert count_starts(self.supervisord.folder) == 2
         assert self.supervisord.log.count("spawned: 'web'") == 2
@@ -85,22 +85,10 @@ class Rig:
         assert 'Traceback' not in listener.log
 
 
-def tick(listener: Listener) -> None:
-    """Send a tick that is younger than all that was done so far, though when is in whole seconds."""
-    begun = time.time()
-    wait_for(lambda: int(time.time()) >= begun)
-    listener.tick()
-
-
-def wait_for_tick_logged(listener: Listener) -> None:
-    """The log of what has been acknowledged may still be on its way to this process' thread."""
-    listener.serve_event('X', '')
-
-
 def make_health(folder: Path) -> Callable[[socket.socket], None]:
     """Answer like web, which is well when it has been started a second time."""
     def handle(client: socket.socket) -> None:
-        client.recv(65536)
+        read_until(client, b'\r\n\r\n')
         status = b'200 OK' if count_starts(folder) > 1 else b'500 Sick'
         client.sendall(b'HTTP/1.1 ' + status + b'\r\nContent-Length: 0\r\n\r\n')
     return handle
@@ -137,10 +125,9 @@ def test_lost_call(rig: Rig, tmp_path: Path, kind: str, rules: Dict[str, List[st
         listener.tick()
         if told:
             listener.wait_for_log(told.replace('URL', proxy.url))
-            wait_for_tick_logged(listener)
             assert 'restarted web' not in listener.log
             assert listener.log.count('does not answer') == 1
-            tick(listener)
+            listener.tick()
         listener.wait_for_log('restarted web')
         rig.check_restarted(listener)
         assert listener.close() == 0
@@ -176,7 +163,7 @@ def test_socket_that_is_gone_for_a_tick(rig: Rig, kind: str, fail: Callable[[Pat
         listener.wait_for_log('supervisord at %s does not answer getAllProcessInfo: %s' % (rig.supervisord.url, reason))
         assert listener.log.count('does not answer') == 1
         assert rig.supervisord.info('web')['pid'] == pid
-        tick(listener)
+        listener.tick()
         listener.wait_for_log('restarted web')
         rig.check_restarted(listener)
         assert listener.close() == 0
@@ -220,7 +207,7 @@ def test_socket_that_may_not_be_opened(rig: Rig) -> None:
         listener.wait_for_log("supervisord's socket %s may not be opened by user %d: see chmod and chown in "
                               '[unix_http_server]' % (rig.supervisord.url, os.getuid()))
         rig.supervisord.socket.chmod(0o700)
-        tick(listener)
+        listener.tick()
         listener.wait_for_log('restarted web')
         rig.check_restarted(listener)
         assert listener.close() == 0
@@ -303,16 +290,16 @@ def test_start_that_fails(tmp_path: Path, fail: Callable[[Path], None], reason: 
             supervisord.wait_for_restart('web', web)
             assert supervisord.info('bad')['statename'] in ('STOPPED', 'FATAL', 'BACKOFF', 'EXITED')
             for _ in range(2):
-                tick(listener)
+                listener.tick()
             told = [line.partition('memmon: ')[2] for line in listener.log.splitlines()
                     if ' memmon: failed to ' in line]
             assert len(told) == len(set(told)) and (fail is exit_at_once or len(told) == 1)
             program.write_text(text)
             program.chmod(0o755)
-            tick(listener)
+            listener.tick()
             listener.wait_for_log('restarted bad')
             assert supervisord.info('bad')['statename'] == 'RUNNING'
-            tick(listener)
+            listener.tick()
             assert count_starts(tmp_path, 'bad') == count_starts(tmp_path, 'web') == 2
             assert listener.close() == 0
         mail = read(tmp_path / 'mail')
@@ -333,7 +320,7 @@ def test_process_that_its_operator_stops_during_the_check(rig: Rig, tmp_path: Pa
         (tmp_path / 'core.end').touch()
         listener.expect(b'RESULT 2\nOK')
         listener.wait_for_log('failed to stop web: it is STOPPED with pid 0 now')
-        tick(listener)
+        listener.tick()
         assert rig.supervisord.info('web')['statename'] == 'STOPPED'
         assert count_starts(tmp_path) == 1
         assert listener.close() == 0
@@ -356,9 +343,9 @@ def test_operator_takes_over_what_was_left_down(rig: Rig, tmp_path: Path, operat
         for method in operator:
             getattr(rig.supervisord.rpc, method)('web')
         pid = rig.supervisord.info('web')['pid']
-        tick(listener)
+        listener.tick()
         listener.wait_for_log(told)
-        tick(listener)
+        listener.tick()
         info = rig.supervisord.info('web')
         assert (info['statename'], info['pid']) == (state, pid)
         assert listener.close() == 0
@@ -430,15 +417,15 @@ def test_ticks_from_before_the_end_of_a_restart_are_skipped(tmp_path: Path, argu
         supervisord.wait_for_state('web')
         with Listener(arguments, supervisord.environment) as listener:
             listener.expect(b'READY\n')
-            listener.send_event('TICK_5', 'when:%d' % time.time())
-            supervisord.wait_for_state('web', 'STOPPING')
             waiting = 'when:%d' % time.time()
+            listener.send_event('TICK_5', waiting)
+            supervisord.wait_for_state('web', 'STOPPING')
             listener.expect(b'RESULT 2\nOK')
             info = supervisord.wait_for_state('web')
             for _ in range(3):
                 listener.serve_event('TICK_5', waiting)
             assert supervisord.info('web')['pid'] == info['pid']
-            tick(listener)
+            listener.tick()
             assert supervisord.info('web')['pid'] != info['pid']
             assert listener.close() == 0
 

@@ -30,7 +30,8 @@ from superlance.listener import Ended, Event
 from superlance.options import Rate, read_argv
 from superlance.processes import RESTARTED, RUNNING, STARTING, STOPPED, Name, Outcome, Process
 from support import (
-    PYTHON, TIMEOUT, Listener, Supervisord, find_children, is_alive, read, serving, wait_for, write_script)
+    PYTHON, TIMEOUT, Listener, Supervisord, find_children, is_alive, read, read_until, serving, wait_for,
+    write_script)
 
 Handler = Callable[[socket.socket], None]
 # What a server does with a connection whose request it has read.
@@ -127,12 +128,7 @@ class Site:
         if self._tls:
             client = self._tls.wrap_socket(client, server_side=True)
         with client:
-            request = b''
-            while b'\r\n\r\n' not in request:
-                received = client.recv(65536)
-                if not received:
-                    return
-                request += received
+            request = read_until(client, b'\r\n\r\n')
             answer = self.answers[min(len(self.requests), len(self.answers) - 1)]
             self.requests.append(request.decode('latin-1'))
             if isinstance(answer, bytes):
@@ -195,11 +191,6 @@ def read_mails(path: Path) -> List[Any]:
 
 def unfold(message: Any) -> str:
     return ' '.join(message['Subject'].split())
-
-
-def tick(listener: Listener) -> None:
-    """Serve a tick that is not older than any restart before it, though its time has whole seconds."""
-    listener.serve_event('TICK_5', 'when:%d' % (time.time() + 60))
 
 
 def run_once(*arguments: str, folder: Optional[Path] = None, server: str = '',
@@ -1050,7 +1041,7 @@ def test_memory_does_not_grow_with_the_body(head: bytes, piece: bytes, end: byte
 def test_good_checks_are_silent(tmp_path: Path) -> None:
     with Site() as site, Listener(['httpok', *mail_to(tmp_path / 'mail'), site.url()]) as listener:
         for _ in range(2):
-            tick(listener)
+            listener.tick()
         assert len(site.requests) == 2
         assert listener.close() == 0
     assert (listener.log, read_mails(tmp_path / 'mail')) == ('', [])
@@ -1058,7 +1049,7 @@ def test_good_checks_are_silent(tmp_path: Path) -> None:
 
 def test_good_checks_are_told_on_demand() -> None:
     with Site() as site, Listener(['httpok', '-v', site.url('/x')]) as listener:
-        tick(listener)
+        listener.tick()
         assert re.search(r' httpok: %s: status 200 in \d+\.\d{3} s\n' % re.escape(site.url('/x')),
                          listener.wait_for_log('status 200'))
         assert listener.close() == 0
@@ -1084,8 +1075,8 @@ def test_only_ticks_are_served() -> None:
 ])
 def test_mail_only(argv: List[str], answer: Answer, subject: str, text: str, tmp_path: Path) -> None:
     with Site(answer) as site, Listener(['httpok', *argv, *mail_to(tmp_path / 'mail'), site.url()]) as listener:
-        tick(listener)
-        tick(listener)
+        listener.tick()
+        listener.tick()
         assert listener.close() == 0
         assert text in listener.log
     mails = read_mails(tmp_path / 'mail')
@@ -1098,7 +1089,7 @@ def test_mail_only(argv: List[str], answer: Answer, subject: str, text: str, tmp
 
 def test_without_an_address_there_is_the_log_only() -> None:
     with Site(reply(status='500 No')) as site, Listener(['httpok', site.url()]) as listener:
-        tick(listener)
+        listener.tick()
         assert listener.close() == 0
         assert listener.log.count('\n') == 1
 
@@ -1106,7 +1097,7 @@ def test_without_an_address_there_is_the_log_only() -> None:
 def test_a_hostile_reason_phrase_stays_one_line_of_log_and_mail(tmp_path: Path) -> None:
     answer = reply(status='500 a\x1b[2J\x07\rBcc: eve@example.com\x85\x0b' + 'x' * 3000)
     with Site(answer) as site, Listener(['httpok', *mail_to(tmp_path / 'mail'), site.url()]) as listener:
-        tick(listener)
+        listener.tick()
         assert listener.close() == 0
     lines = listener.log.split('\n')[:-1]
     assert len(lines) == 2 and 'status 500 a' in lines[0] and 'sent mail' in lines[1]
@@ -1127,7 +1118,7 @@ def test_failures_in_a_row(answers: List[int], checks: int, mails: int, tmp_path
     with Site(*[reply(status='%d x' % status) for status in answers]) as site, \
             Listener([*argv, site.url()]) as listener:
         for _ in range(checks):
-            tick(listener)
+            listener.tick()
         assert len(site.requests) == checks
         assert listener.close() == 0
         assert '(failed check 1 of 3)' in listener.log and '(failed check 2 of 3)' in listener.log
@@ -1150,7 +1141,7 @@ def test_the_password_of_the_url_is_never_told(answer: bytes, tmp_path: Path) ->
     with Site(answer) as site:
         url = site.url(user='bob:%s@' % SECRET)
         with Listener(['httpok', '-v', *argv, *mail_to(tmp_path / 'mail'), url]) as listener:
-            tick(listener)
+            listener.tick()
             assert listener.close() == 0
         status, out, err = run_once(*argv, url, server='unix:///nonexistent/s.sock')
         assert 'Authorization: Basic ' + base64.b64encode(b'bob:s3cr#t!').decode() in site.requests[0]
@@ -1168,14 +1159,13 @@ def test_a_signal_ends_a_check_at_once(signum: int) -> None:
         listener.send_event('TICK_5', 'when:%d' % time.time())
         wait_for(lambda: site.requests, 'the check')
         assert listener.terminate(signum) == 0
-        listener._reader.join(TIMEOUT)
         assert listener.log == ''
 
 
 def test_nothing_is_restarted_where_supervisord_does_not_answer(tmp_path: Path) -> None:
     with Site(reply(status='500 No')) as site, \
             Listener(['httpok', '-p', 'web', *mail_to(tmp_path / 'mail'), site.url()]) as listener:
-        tick(listener)
+        listener.tick()
         assert listener.close() == 0
         assert 'nothing is restarted: supervisord at unix:///nonexistent/supervisor.sock' in listener.log
     mail, = read_mails(tmp_path / 'mail')
@@ -1186,7 +1176,7 @@ def test_nothing_is_restarted_where_supervisord_does_not_answer(tmp_path: Path) 
 @pytest.mark.parametrize('option', ['-E', '--grace=5m'])
 def test_where_it_can_not_tell_who_runs_it_does_not_check(option: str) -> None:
     with Site() as site, Listener(['httpok', '-p', 'web', option, site.url()]) as listener:
-        tick(listener)
+        listener.tick()
         listener.wait_for_log('unable to ask which processes run, so %s is not checked: ' % site.url())
         assert site.requests == []
         assert listener.close() == 0
@@ -1240,7 +1230,7 @@ class Watch:
 
     def tick(self) -> Set[str]:
         """Serve a tick and return what has another pid since the last one."""
-        tick(self.listener)
+        self.listener.tick()
         return self.find_restarted()
 
     def find_restarted(self) -> Set[str]:
@@ -1474,7 +1464,7 @@ def test_grace(argv: List[str], uptimes: Dict[str, int], asked: bool, calls: Lis
     pretender = Pretender(**uptimes)
     with pretender as environment, Site(FAILING) as site, \
             Listener(['httpok', '-v', '--grace=1m', *argv, site.url()], environment) as listener:
-        tick(listener)
+        listener.tick()
         assert listener.close() == 0
         assert (len(site.requests), pretender.calls) == (int(asked), calls)
         assert ('%s is not checked: the watched processes have run for less than 60 s' % site.url()

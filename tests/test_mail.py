@@ -12,7 +12,7 @@ from email import message_from_bytes, policy
 from email.message import EmailMessage
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 import trustme
@@ -345,6 +345,10 @@ class QuickCondition(threading.Condition):
 
 
 Make = Callable[..., Outbox]
+
+
+def find_timers() -> Set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)}
 
 
 def find_threads() -> List[threading.Thread]:
@@ -882,6 +886,7 @@ def test_smtp(kind: str, make_outbox: Make, tls: ssl.SSLContext) -> None:
 
 @pytest.mark.parametrize('answer', ['451 not now', '250 fine', '421 too busy'])
 def test_mail_goes_once_whatever_is_answered_to_quit(answer: str, make_outbox: Make, tls: ssl.SSLContext) -> None:
+    timers = find_timers()
     with Server(quit_status=answer) as server:
         outbox = make_outbox(smtp=server.url())
         outbox.put('first', '')
@@ -891,7 +896,7 @@ def test_mail_goes_once_whatever_is_answered_to_quit(answer: str, make_outbox: M
         assert [str(message['Subject']) for _, _, message, _ in server.taken] == ['first', 'second']
         wait_for(lambda: server.farewells == 2)
     assert outbox.lines == ['sent mail "%s" to bob@example.com' % subject for subject in ('first', 'second')]
-    wait_for(lambda: not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)])
+    wait_for(lambda: find_timers() <= timers, 'the end of what watches the time')
 
 
 @pytest.mark.parametrize('kind', ['plain', 'starttls', 'smtps'])

@@ -328,11 +328,6 @@ def supervisord(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor
         yield running
 
 
-def tick(listener: Listener) -> None:
-    """Send a tick that is no older than the last restart, however soon it follows."""
-    listener.serve_event('TICK_5', 'when:%d' % (time.time() + 1))
-
-
 class World:
     """supervisord behind a proxy that counts calls, a ps that prints what the test says, and an inbox."""
 
@@ -394,7 +389,7 @@ def world(tmp_path: Path, supervisord: Supervisord) -> Iterator[World]:
 ])
 def test_which_processes_are_restarted(world: World, argv: List[str], restarted: List[str]) -> None:
     with world.memmon(*argv) as listener:
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == restarted
         # Whatever rules it meets, each is restarted once.
         assert world.proxy.calls.count('stopProcess') == world.proxy.calls.count('startProcess') == len(restarted)
@@ -407,7 +402,7 @@ def test_which_processes_are_restarted(world: World, argv: List[str], restarted:
 
 def test_log_and_mail_say_how_much_and_how_long(world: World) -> None:
     with world.memmon('-p', 'bar:x=100KB', '-n', 'db1') as listener:
-        tick(listener)
+        listener.tick()
         reason = 'restarted bar:x (pid %d: 300.0KB, over its limit of 100.0KB)' % world.pids['bar:x']
         listener.wait_for_log('memmon: %s\n' % reason)
         mail = world.inbox.wait()[0]
@@ -430,7 +425,7 @@ def test_other_events_are_ignored(world: World) -> None:
 
 def test_own_pool_is_left_alone(world: World) -> None:
     with world.memmon('-a', '100KB', '-p', 'bar:x=100KB', group='bar') as listener:
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web', 'foo:foo']
 
 
@@ -453,7 +448,7 @@ def test_stopping_process_is_left_alone(world: World, supervisord: Supervisord) 
     world.show({'stubborn': HELD_KIB})
     try:
         with world.memmon('-a', '100KB') as listener:
-            tick(listener)
+            listener.tick()
             assert supervisord.info('stubborn')['statename'] == 'STOPPING'
             assert listener.close() == 0
             assert listener.log == ''
@@ -471,11 +466,11 @@ def test_stopping_process_is_left_alone(world: World, supervisord: Supervisord) 
 def test_supervisord_is_asked_no_more_than_once(world: World, held_kib: Dict[str, float], calls: int) -> None:
     with world.memmon('-p', 'web=200KB', '-p', 'foo=100KB') as listener:
         world.show({})
-        tick(listener)  # this asks whether the names mean something
+        listener.tick()  # this asks whether the names mean something
         del world.proxy.calls[:]
         world.show(held_kib)
         for _ in range(3):
-            tick(listener)
+            listener.tick()
         assert world.proxy.calls == ['getAllProcessInfo'] * calls
         assert world.find_restarted() == []
 
@@ -484,22 +479,22 @@ def test_known_foreign_process_costs_no_call(world: World) -> None:
     with world.memmon('-a', '200KB') as listener:
         world.show({}, ['%d 1 900' % os.getpid()])
         for _ in range(3):
-            tick(listener)
+            listener.tick()
         assert world.proxy.calls == ['getAllProcessInfo']
         world.show({}, ['%d 1 900' % os.getpid(), '%d 1 900' % os.getppid()])  # another one
-        tick(listener)
+        listener.tick()
         assert world.proxy.calls == ['getAllProcessInfo'] * 2
         world.show({'web:web': HELD_KIB}, ['%d 1 900' % os.getpid()])
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web']
 
 
 def test_process_that_grows_beyond_its_own_limit_is_seen(world: World) -> None:
     with world.memmon('-a', '100KB', '-p', 'web=200KB') as listener:
         world.show({'web:web': 150})
-        tick(listener)
+        listener.tick()
         world.show({'web:web': 201})
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web']
 
 
@@ -519,10 +514,10 @@ def test_cumulative_counts_descendants(world: World) -> None:
     families = ['900001 %d 60' % world.pids['web:web'], '900002 900001 60', '900003 %d 60' % world.pids['foo:foo']]
     world.show({name: 90 for name in ALL}, families)
     with world.memmon('-a', '200KB') as listener:
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == []
     with world.memmon('-a', '200KB', '-c') as listener:
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web']
         listener.wait_for_log('pid %d: 210.0KB, over' % world.pids['web:web'])
 
@@ -536,10 +531,10 @@ def test_cumulative_finds_a_real_child(tmp_path: Path) -> None:
         pid = supervisord.wait_for_state('family')['pid']
         wait_for((tmp_path / 'ready').exists, 'child')
         with Listener(['memmon', '-a', '50MB'], supervisord.environment) as listener:
-            tick(listener)
+            listener.tick()
             assert supervisord.info('family')['pid'] == pid, listener.log
         with Listener(['memmon', '-a', '50MB', '--cumulative'], supervisord.environment) as listener:
-            tick(listener)
+            listener.tick()
             assert supervisord.wait_for_restart('family', pid), listener.log
         assert len(find_children(supervisord.pid)) == 1
 
@@ -552,7 +547,7 @@ def test_cumulative_finds_a_real_child(tmp_path: Path) -> None:
 def test_mail_only_within_uptime(world: World, argv: List[str], subject: str, uptime: str, mails: int) -> None:
     wait_for(lambda: world.supervisord.info('web')['now'] > world.supervisord.info('web')['start'], 'a second')
     with world.memmon('-p', 'web=100KB', '-u', uptime, *argv) as listener:
-        tick(listener)
+        listener.tick()
         listener.close()
         assert 'over its limit' in listener.log
     assert world.inbox.subjects == [subject] * mails
@@ -562,7 +557,7 @@ def test_samples_are_counted_for_each_process_and_pid(world: World) -> None:
     with world.memmon('-a', '100KB', '--samples=3') as listener:
         def find_restarted(*over: str) -> List[str]:
             world.show({name: HELD_KIB for name in over})
-            tick(listener)
+            listener.tick()
             return world.find_restarted()
 
         assert find_restarted('web:web', 'foo:foo') == []
@@ -579,9 +574,9 @@ def test_samples_start_again_after_a_quiet_tick(world: World) -> None:
     with world.memmon('-a', '100KB', '--samples=2') as listener:
         for held_kib in (HELD_KIB, 50, HELD_KIB, 100, HELD_KIB):
             world.show({'web:web': held_kib})
-            tick(listener)
+            listener.tick()
             assert world.find_restarted() == []
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web']
 
 
@@ -590,7 +585,7 @@ def test_samples_start_again_after_a_restart_that_failed(world: World) -> None:
     world.proxy.rules['getProcessInfo'] = ['lose call'] * 9
     with world.memmon('-a', '100KB', '--samples=2') as listener:
         for number in range(1, 5):
-            tick(listener)
+            listener.tick()
             wait_for(lambda: listener.log.count('failed to stop web') >= number // 2, 'log')
         listener.close()
         assert listener.log.count('memmon: failed to stop web') == 2
@@ -603,11 +598,11 @@ def test_max_restarts(world: World) -> None:
         for _ in range(4):
             world.pids['web:web'] = world.supervisord.info('web')['pid']
             world.show({'web:web': HELD_KIB})
-            tick(listener)
+            listener.tick()
             seen.append(world.find_restarted())
         assert seen == [['web:web'], ['web:web'], [], []]
         world.show({'foo:foo': HELD_KIB})   # another process is counted on its own
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['foo:foo']
         listener.close()
         assert listener.log.count('left web alone') == 1
@@ -618,7 +613,7 @@ def test_max_restarts(world: World) -> None:
 def test_dry_run_says_so_and_does_nothing(world: World) -> None:
     with world.memmon('-p', 'web=100KB', '--dry-run') as listener:
         for _ in range(2):
-            tick(listener)
+            listener.tick()
         listener.close()
         assert listener.log.count('memmon: dry run: would have restarted web (pid %d: 300.0KB, over its limit of '
                                   '100.0KB)\n' % world.pids['web:web']) == 1
@@ -632,7 +627,7 @@ def test_verbose_tells_of_every_process_at_every_tick(world: World) -> None:
     world.show({name: 50 for name in ALL}, ['%d 1 900' % os.getpid()])
     with world.memmon('-g', 'bar=100KB', '-v', group='foo') as listener:
         for ticks in (1, 2):
-            tick(listener)
+            listener.tick()
             for name, title, rest in [('web:web', 'web', ', and no limit'), ('foo:foo', 'foo', ', and no limit'),
                                       ('bar:foo', 'bar:foo', ', within its limit of 100.0KB'),
                                       ('bar:x', 'bar:x', ', within its limit of 100.0KB')]:
@@ -646,7 +641,7 @@ def test_names_that_mean_nothing_are_told_once(world: World) -> None:
     with world.memmon('-p', 'bar=1MB', '-p', 'web=1MB', '-g', 'web=1MB', '-p', 'wbe=1MB', '-g', 'baz=1MB',
                       '-p', 'bar:web=1MB', '-a', '1GB') as listener:
         for _ in range(3):
-            tick(listener)
+            listener.tick()
         listener.close()
         assert [line.partition('memmon: ')[2] for line in listener.log.splitlines()] == [
             'no process is called bar; there is a group of that name: for all its processes, write bar:*',
@@ -658,11 +653,11 @@ def test_names_that_mean_nothing_are_told_once(world: World) -> None:
 def test_names_are_told_as_soon_as_supervisord_answers(world: World) -> None:
     world.proxy.rules['getAllProcessInfo'] = ['lose call']
     with world.memmon('-p', 'wbe=1MB', '-a', '1GB') as listener:
-        tick(listener)
+        listener.tick()
         assert world.proxy.calls == ['getAllProcessInfo']
         assert listener.log == ''
         world.show({'web:web': 2 * MB})
-        tick(listener)
+        listener.tick()
         listener.wait_for_log('memmon: no process is called wbe\n')
 
 
@@ -673,10 +668,10 @@ def test_names_are_told_as_soon_as_supervisord_answers(world: World) -> None:
 def test_useless_ps_is_told_and_proc_is_read_instead(world: World, output: str, said: str) -> None:
     world.fail_ps(output)
     with world.memmon('-p', 'web=1KB') as listener:
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web']    # sleep holds more than that, really
         world.show({})
-        tick(listener)
+        listener.tick()
         listener.close()
         assert listener.log.count('memory is read from /proc from now on') == 1
         assert said in listener.log
@@ -686,11 +681,11 @@ def test_useless_ps_is_told_and_proc_is_read_instead(world: World, output: str, 
 def test_supervisord_that_can_not_be_asked_is_told(world: World) -> None:
     with world.memmon('-a', '100KB') as listener:
         world.proxy.rules['getAllProcessInfo'] = ['lose call']
-        tick(listener)
+        listener.tick()
         listener.wait_for_log('memmon: unable to check memory: supervisord at %s does not answer getAllProcessInfo'
                               % world.proxy.url)
         assert world.find_restarted() == []
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ALL
 
 
@@ -698,11 +693,11 @@ def test_process_whose_start_was_lost_is_started_at_the_next_tick(world: World) 
     world.show({'web:web': HELD_KIB})
     world.proxy.rules['startProcess'] = ['lose call'] * 3
     with world.memmon('-a', '100KB') as listener:
-        tick(listener)
+        listener.tick()
         listener.wait_for_log('memmon: failed to start web')
         assert world.supervisord.info('web')['statename'] == 'STOPPED'
         world.show({'foo:foo': HELD_KIB})
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web'], 'what else is to be done waits for the next tick'
         listener.close()
     assert world.inbox.subjects == ['memmon: failed to start process web', 'memmon: process web restarted']
@@ -714,7 +709,7 @@ def test_process_left_down_is_started_when_the_listener_ends(world: World) -> No
     world.show({'foo:foo': HELD_KIB, 'web:web': 2 * HELD_KIB})
     world.proxy.rules['startProcess'] = ['lose call'] * 3
     with world.memmon('-a', '100KB') as listener:
-        tick(listener)
+        listener.tick()
         assert world.supervisord.info('foo')['statename'] == 'STOPPED'
         assert listener.terminate() == 0
         assert world.supervisord.info('foo')['statename'] == 'RUNNING'
@@ -727,11 +722,11 @@ def test_tick_from_before_the_end_of_a_restart_is_skipped(world: World) -> None:
     with world.memmon('-a', '100KB') as listener:
         sent = time.time() - 1
         world.show({'web:web': HELD_KIB})
-        tick(listener)
+        listener.tick()
         world.show({'foo:foo': HELD_KIB})
         listener.serve_event('TICK_5', 'when:%d' % sent)
         assert world.find_restarted() == ['web:web']
-        tick(listener)
+        listener.tick()
         assert world.find_restarted() == ['web:web', 'foo:foo']
 
 
@@ -755,7 +750,7 @@ def test_process_that_somebody_restarts_meanwhile_is_not_stopped(world: World) -
     world.show({'web:web': HELD_KIB})
     world.proxy.rules['getProcessInfo'] = Meanwhile(restart)
     with world.memmon('-a', '100KB') as listener:
-        tick(listener)
+        listener.tick()
         listener.close()
         assert listener.log.count(' failed to stop web: it is RUNNING with pid ') == 1
         assert 'stopProcess' not in world.proxy.calls

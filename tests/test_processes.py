@@ -21,7 +21,7 @@ from superlance.processes import (
     START_FAILED, STARTING, STOP_FAILED, STOPPED, STOPPING, SUBJECTS, UNKNOWN, UNTOUCHED, WAIT, CantTell, Name,
     NameCheck, Outcome, Process, Refused, Restarter, Supervisor, find_supervisor, find_unmatched, judge_stopped,
     make_process, parse_name)
-from support import Proxy, Supervisord, find_children, serving, wait_for, write_script
+from support import Proxy, Supervisord, find_children, read_until, serving, wait_for, write_script
 
 INFO: Dict[str, Any] = dict(group='g', name='web', pid=100, state=RUNNING, statename='RUNNING', start=1000, now=1060,
                             spawnerr='')
@@ -100,8 +100,7 @@ def test_process() -> None:
 
 def answering(answer: bytes) -> Callable[[socket.socket], None]:
     def handle(client: socket.socket) -> None:
-        while b'</methodCall>' not in client.recv(65536):
-            pass
+        read_until(client, b'</methodCall>')
         client.sendall(answer)
     return handle
 
@@ -233,6 +232,14 @@ def test_find_supervisor_by_a_bad_configuration(tmp_path: Path, text: Optional[s
         path.write_text(text)
     with pytest.raises(UsageError, match='option --configuration: .*' + complaint):
         find_supervisor(str(path), {})
+
+
+def test_find_supervisor_by_a_bad_configuration_that_was_not_named(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'supervisord.conf').write_text('[supervisord]\n')
+    with pytest.raises(UsageError, match='supervisord.conf: .* supervisorctl section; name another file by --conf'):
+        find_supervisor(None, {})
 
 
 # Names that mean nothing are told.

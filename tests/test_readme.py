@@ -9,7 +9,7 @@ import pytest
 
 from superlance import __version__, crashmail, httpok, memmon
 from superlance.options import Option
-from support import COMMANDS, PYTHON, Supervisord, wait_for
+from support import COMMANDS, Supervisord, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.rst').read_text('utf-8')
@@ -91,9 +91,9 @@ def test_example_runs_as_it_is_written(number: int, tmp_path: Path) -> None:
         assert sections or '[rpcinterface:supervisor]' in text
         for name in sections:
             what = 'success: %s' % (name if name != 'worker' else 'worker_03')
-            wait_for(lambda: what + ' entered RUNNING state' in supervisord.log, supervisord.log)
+            wait_for(lambda: what + ' entered RUNNING state' in supervisord.log, lambda: supervisord.log)
         for name, kind in sections.items():
             if kind == 'eventlistener':
-                wait_for(lambda: '%s: ACKNOWLEDGED -> READY' % name in supervisord.log, supervisord.log)
+                wait_for(lambda: '%s: ACKNOWLEDGED -> READY' % name in supervisord.log,
+                         lambda: supervisord.log)
         assert 'exited' not in supervisord.log
-    assert PYTHON
