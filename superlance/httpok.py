@@ -1,7 +1,7 @@
 """Usage: httpok [options] URL
 
-Restarts processes that run but no longer answer their URL, and mails that it
-did. It runs as an event listener of supervisor, subscribed to a TICK event:
+Restarts processes that run but no longer answer their URL, and mails about
+it. It runs as an event listener of supervisor, subscribed to a TICK event:
 
     [eventlistener:httpok]
     command=httpok -p web -m bob@example.com http://localhost:8080/health

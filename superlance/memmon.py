@@ -1,7 +1,7 @@
 """Usage: memmon [options]
 
-Restarts processes that hold too much memory, and mails when it did. It runs
-as an event listener of supervisor, subscribed to a TICK event:
+Restarts processes that hold too much memory, and mails about it. It runs as
+an event listener of supervisor, subscribed to a TICK event:
 
     [eventlistener:memmon]
     command=memmon -a 200MB -m bob@example.com
