@@ -384,15 +384,6 @@ def test_signal_in_the_middle_of_a_restart(tmp_path: Path, kind: str, signum: in
         wait_for(lambda: count_starts(tmp_path) == 2)
 
 
-@pytest.mark.parametrize('arguments', [['memmon', '-a', '1GB'], ['httpok', 'http://127.0.0.1:1/'], ['crashmail']])
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_idle(arguments: List[str], signum: int) -> None:
-    with Listener(arguments) as listener:
-        listener.expect(b'READY\n')
-        assert listener.terminate(signum) == 0
-        assert listener.log == ''
-
-
 @pytest.mark.parametrize('kind', LISTENERS)
 def test_signal_after_a_failed_start_tries_once_more(rig: Rig, tmp_path: Path, kind: str) -> None:
     """What was left down is started before the listener ends."""
