@@ -77,8 +77,8 @@ from superlance.options import (
     COMMON_OPTIONS, Given, Option, Rate, UsageError, parse_count, parse_rate, parse_text, parse_time,
     parse_timeout, run_script, without_password)
 from superlance.processes import (
-    DRY_RUN, EVERY, RESTARTED, RUNNING, START_FAILED, STARTING, SUBJECTS, CantTell, Name, NameCheck, Outcome,
-    Process, Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
+    COUNTED, EVERY, RUNNING, STARTING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process, Refused, Restarter,
+    Supervisor, find_supervisor, find_unmatched, parse_name)
 
 if TYPE_CHECKING:
     import ssl
@@ -659,7 +659,7 @@ class Httpok:
             if self._options.names:
                 found = self._restart_watched(began)
         finally:
-            if any(outcome.result in (RESTARTED, START_FAILED, DRY_RUN) for outcome in self._outcomes):
+            if any(outcome.result in COUNTED for outcome in self._outcomes):
                 self._failures = 0
             # What is found and comes to nothing is in its grace, or was told before: in dry run, or held back.
             if self._outcomes or not found:

@@ -61,7 +61,7 @@ class Given:
 
     def latest(self, *names: str) -> Optional[str]:
         """Return which of these options stands last, None if there is none of them."""
-        return next((name for name in reversed(list(self._values)) if name in names), None)
+        return next((name for name in reversed(self._values) if name in names), None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

@@ -134,7 +134,8 @@ class Supervisor:
         # Both kinds of supervisor's connections take their timeout from here.
         socket.setdefaulttimeout(self._timeout_seconds)
         try:
-            if urlsplit(url).scheme == 'http' and not urlsplit(url).hostname:
+            parts = urlsplit(url)
+            if parts.scheme == 'http' and not parts.hostname:
                 raise ValueError('the URL has no host')
             proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
             try:
@@ -280,6 +281,8 @@ LEFT_ALONE = 'left alone'       # it is not the process that was judged, or it i
 HELD_BACK = 'held back'         # it has been restarted too often
 DRY_RUN = 'dry run'
 
+# What counts as a restart, though it did not help or was only told.
+COUNTED = (RESTARTED, START_FAILED, DRY_RUN)
 
 # What the subject of a mail says of them. LEFT_ALONE is logged only.
 SUBJECTS = {
@@ -402,7 +405,7 @@ class Restarter:
             self._last_end = time.time()
 
     def _finish(self, outcome: Outcome) -> None:
-        if outcome.result in (RESTARTED, START_FAILED, DRY_RUN):
+        if outcome.result in COUNTED:
             self._count(outcome.process)
         self._tell(outcome)
 
