@@ -1,7 +1,6 @@
 """Where the tests' mail arrives: the file of a mail command, or an SMTP server on loopback."""
 from __future__ import annotations
 
-import os
 from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import default
@@ -45,11 +44,20 @@ class CommandInbox(Inbox):
         return self._path.read_bytes().split(SEPARATOR)[:-1] if self._path.exists() else []
 
 
-class _Controller(Controller):
+class SmtpController(Controller):
+    """An SMTP server whose port, where it is 0, is told as soon as it is known."""
+
     def _trigger_server(self) -> None:
         server: Any = self.server
         self.port = server.sockets[0].getsockname()[1]
         super()._trigger_server()  # type: ignore[no-untyped-call]
+
+
+def write_account(home: Path, port: int) -> None:
+    """Let msmtp, where this is its HOME, send to a server on loopback."""
+    account = home / '.msmtprc'
+    account.write_text('account default\nhost 127.0.0.1\nport %d\nfrom x@example.com\nauto_from off\n' % port, 'utf-8')
+    account.chmod(0o600)
 
 
 class SmtpInbox(Inbox):
@@ -57,7 +65,7 @@ class SmtpInbox(Inbox):
 
     def __init__(self, home: Path) -> None:
         self._received: List[bytes] = []
-        self._controller = _Controller(self, hostname='127.0.0.1', port=0)
+        self._controller = SmtpController(self, hostname='127.0.0.1', port=0)
         self._home = home
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
@@ -69,10 +77,7 @@ class SmtpInbox(Inbox):
 
     def __enter__(self) -> SmtpInbox:
         self._controller.start()
-        account = self._home / '.msmtprc'
-        account.write_text('account default\nhost 127.0.0.1\nport %d\nfrom x@example.com\nauto_from off\n'
-                           % self._controller.port, 'utf-8')
-        os.chmod(account, 0o600)
+        write_account(self._home, self._controller.port)
         return self
 
     def __exit__(self, *_: object) -> None:

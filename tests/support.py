@@ -21,6 +21,10 @@ from supervisor import childutils
 TIMEOUT = 30.0
 PYTHON = sys.executable
 COMMANDS = str(Path(PYTHON).parent)     # where the console scripts are
+# A locale that knows ASCII only, as an environment.
+C_LOCALE = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
+# A rule of a Proxy for getProcessInfo: the look before a stop passes, and those after it are lost.
+ALL_LOST = ['pass'] + ['lose call'] * 3
 
 
 def wait_for(condition: Callable[[], Any], what: Union[str, Callable[[], str]] = '', timeout: float = TIMEOUT) -> Any:
@@ -274,7 +278,7 @@ class Proxy:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(path))
         self._server.listen(50)
-        threading.Thread(target=self._accept, daemon=True).start()
+        accept_all(self._server, self._serve)
 
     def __enter__(self) -> Proxy:
         return self
@@ -283,35 +287,24 @@ class Proxy:
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.socket(socket.AF_UNIX) as upstream:
+        with socket.socket(socket.AF_UNIX) as upstream:
             upstream.settimeout(TIMEOUT)
-            try:
-                request = read_until(client, b'</methodCall>')
-                method = request.partition(b'<methodName>supervisor.')[2].partition(b'<')[0].decode()
-                self.calls.append(method)
-                rule = self.rules[method].pop(0) if self.rules.get(method) else 'pass'
-                if rule == 'lose call':
-                    return
-                upstream.connect(self._target)
-                upstream.sendall(request)
-                while True:
-                    answer = upstream.recv(65536)
-                    if not answer or rule == 'lose answer':
-                        return
-                    client.sendall(answer)
-                    if b'</methodResponse>' in answer:
-                        return
-            except OSError:
+            request = read_until(client, b'</methodCall>')
+            method = request.partition(b'<methodName>supervisor.')[2].partition(b'<')[0].decode()
+            self.calls.append(method)
+            rule = self.rules[method].pop(0) if self.rules.get(method) else 'pass'
+            if rule == 'lose call':
                 return
+            upstream.connect(self._target)
+            upstream.sendall(request)
+            while True:
+                answer = upstream.recv(65536)
+                if not answer or rule == 'lose answer':
+                    return
+                client.sendall(answer)
+                if b'</methodResponse>' in answer:
+                    return
 
 
 def write_script(path: Path, text: str) -> Path:
@@ -321,31 +314,44 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
+def run_by_hand(script: str, *arguments: str, folder: Optional[Path] = None,
+                **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end as from a shell, where supervisord has set nothing."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('SUPERVISOR_')}
+    return subprocess.run([PYTHON, '-m', 'superlance.' + script, *arguments], cwd=folder, env=dict(env, **environment),
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          encoding='utf-8', timeout=2 * TIMEOUT)
+
+
+def accept_all(server: socket.socket, handle: Callable[[socket.socket], None]) -> None:
+    """Serve each connection to a listening socket with handle, on a thread of its own, until it is shut down."""
+    def serve(client: socket.socket) -> None:
+        with client:
+            try:
+                handle(client)
+            except OSError:
+                pass  # the client has gone
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
 @contextmanager
 def serving(handle: Callable[[socket.socket], None], family: int = socket.AF_INET,
             address: Any = ('127.0.0.1', 0)) -> Iterator[Any]:
-    """Serve each connection with handle on a thread of its own; yield the port, or the path."""
+    """Serve each connection with handle; yield the port, or the path."""
     with socket.socket(family) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)
         server.listen(50)
-
-        def serve(client: socket.socket) -> None:
-            with client:
-                try:
-                    handle(client)
-                except OSError:
-                    pass  # the client has gone
-
-        def accept() -> None:
-            while True:
-                try:
-                    client, _ = server.accept()
-                except OSError:
-                    return
-                threading.Thread(target=serve, args=(client,), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
+        accept_all(server, handle)
         try:
             yield address if family == socket.AF_UNIX else server.getsockname()[1]
         finally:

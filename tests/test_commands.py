@@ -17,8 +17,8 @@ import pytest
 from inbox import CommandInbox
 from superlance import __version__
 from support import (
-    PYTHON, TIMEOUT, Listener, Supervisord, find_children, read, read_until, serving, wait_for, write_script)
-from test_listener import ASCII, BROKEN_HEADERS, count_unread
+    C_LOCALE, PYTHON, TIMEOUT, Listener, Supervisord, find_children, read, read_until, serving, wait_for, write_script)
+from test_listener import BROKEN_HEADERS, count_unread
 
 URL = 'http://127.0.0.1:1/'     # nobody listens there
 # Each with options with which it does what it is for.
@@ -326,7 +326,7 @@ def locale(request: pytest.FixtureRequest) -> Dict[str, str]:
     if request.param == 'latin-1':
         found: Dict[str, str] = request.getfixturevalue('latin_1')
         return found
-    return ASCII if request.param == 'ascii' else {
+    return C_LOCALE if request.param == 'ascii' else {
         'LC_ALL': {'utf-8': 'C.UTF-8'}.get(request.param, request.param)}
 
 

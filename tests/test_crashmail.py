@@ -2,18 +2,17 @@
 from __future__ import annotations
 
 import builtins
-import os
 import re
 import socket
-import subprocess
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 from inbox import CommandInbox
-from support import PYTHON, Listener, Proxy, Supervisord, serving, wait_for
+from support import Listener, Proxy, Supervisord, run_by_hand, serving, wait_for
 
 from superlance import crashmail, mail
 from superlance.crashmail import Crash, Digest, LastWords, Report, main
@@ -642,11 +641,7 @@ def test_signal_while_a_crash_is_looked_into_loses_no_mail(start: Start, inbox: 
 
 # One look by hand.
 
-def look(*arguments: str, folder: Path, **environment: str) -> 'subprocess.CompletedProcess[str]':
-    env = {key: value for key, value in os.environ.items() if not key.startswith('SUPERVISOR_')}
-    return subprocess.run([PYTHON, '-m', 'superlance.crashmail', '--once', *arguments], cwd=folder, timeout=60,
-                          env=dict(env, **environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, encoding='utf-8')
+look = partial(run_by_hand, 'crashmail', '--once')
 
 
 @pytest.mark.parametrize('said, shown', [('', ''), ('; echo queued as 42', ': queued as 42')])
@@ -697,10 +692,7 @@ def test_once_without_a_configuration(tmp_path: Path, inbox: CommandInbox) -> No
 
 
 def test_outside_of_supervisord(tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if not key.startswith('SUPERVISOR_')}
-    printed = subprocess.run([PYTHON, '-m', 'superlance.crashmail', '--tail=5', '-m', 'bob@example.com'], cwd=tmp_path,
-                             env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             encoding='utf-8', timeout=60)
+    printed = run_by_hand('crashmail', '--tail=5', '-m', 'bob@example.com', folder=tmp_path)
     assert (printed.returncode, printed.stdout) == (1, '')
     assert printed.stderr.startswith('crashmail must be run as a supervisor event listener')
     assert printed.stderr.count('\n') == 1

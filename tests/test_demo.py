@@ -13,7 +13,7 @@ from typing import Any, Iterator, List, Optional
 
 import pytest
 
-from support import PYTHON, find_children, is_alive, read, wait_for
+from support import PYTHON, find_children, is_alive, read, run_by_hand, wait_for
 
 LIMIT_SECONDS = 60
 # Where a file of this name is on PYTHONPATH, every Python runs it at its start.
@@ -143,10 +143,8 @@ def test_an_early_signal_ends_it_and_the_sections_shown_are_right(demo: Demo) ->
     for name in ('memmon', 'httpok', 'crashmail'):
         command = re.search(r'\[eventlistener:%s\]\n +command=%s (.*)\n +events=\w+\n' % (name, name), demo.output)
         assert command, demo.output
-        once = subprocess.run([PYTHON, '-m', 'superlance.' + name, *command.group(1).split()],
-                              env={k: v for k, v in os.environ.items() if not k.startswith('SUPERVISOR_')},
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
-        assert once.returncode == 1 and b'must be run as a supervisor event listener' in once.stderr
+        once = run_by_hand(name, *command.group(1).split())
+        assert once.returncode == 1 and 'must be run as a supervisor event listener' in once.stderr
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

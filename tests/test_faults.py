@@ -14,9 +14,8 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List
 import pytest
 
 from support import (
-    Listener, Proxy, Supervisord, find_children, is_alive, read, read_until, serving, wait_for, write_script)
+    ALL_LOST, Listener, Proxy, Supervisord, find_children, is_alive, read, read_until, serving, wait_for, write_script)
 
-ALL_LOST = ['pass'] + ['lose call'] * 3
 LISTENERS = ['memmon', 'httpok']
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import base64
-import email
 import errno
 import os
 import re
@@ -29,9 +28,10 @@ from superlance import __version__, httpok
 from superlance.listener import Ended, Event
 from superlance.options import Rate, read_argv
 from superlance.processes import RESTARTED, RUNNING, STARTING, STOPPED, Name, Outcome, Process
+from inbox import CommandInbox
 from support import (
-    PYTHON, TIMEOUT, Listener, Supervisord, find_children, is_alive, read, read_until, serving, wait_for,
-    write_script)
+    C_LOCALE, PYTHON, TIMEOUT, Listener, Supervisord, accept_all, find_children, is_alive, read, read_until,
+    run_by_hand, serving, wait_for, write_script)
 
 Handler = Callable[[socket.socket], None]
 # What a server does with a connection whose request it has read.
@@ -145,22 +145,6 @@ def refusing() -> Iterator[socket.socket]:
         yield server
 
 
-def accept_with(site: Site, server: socket.socket) -> None:
-    """Serve a listening socket with what a Site answers, until it is shut down."""
-    def accept() -> None:
-        while True:
-            try:
-                client, _ = server.accept()
-            except OSError:
-                return
-            with client:
-                try:
-                    site.serve(client)
-                except OSError:
-                    pass  # the client has gone
-    threading.Thread(target=accept, daemon=True).start()
-
-
 def build(*argv: str) -> httpok.Options:
     return httpok.build_options(*read_argv(argv, httpok.OPTIONS))
 
@@ -178,31 +162,20 @@ def check_site(answer: Answer, *argv: str, tls: Optional[ssl.SSLContext] = None)
 GOOD = httpok.Verdict('', '')
 
 
-def mail_to(path: Path) -> List[str]:
-    """Return the options that append all mail to a file."""
-    return ['-m', 'bob@example.com', '-s', 'cat >> %s' % path]
+def mail_to(inbox: CommandInbox) -> List[str]:
+    """Return the options that send all mail to an inbox."""
+    return ['-m', 'bob@example.com', '-s', inbox.command]
 
 
-def read_mails(path: Path) -> List[Any]:
-    """Return the messages in a file."""
-    texts = re.split('^(?=To: )', read(path), flags=re.MULTILINE)
-    return [email.message_from_string(text) for text in texts if text.strip()]
+@pytest.fixture
+def inbox(tmp_path: Path) -> CommandInbox:
+    return CommandInbox(tmp_path)
 
 
-def unfold(message: Any) -> str:
-    return ' '.join(message['Subject'].split())
-
-
-def run_once(*arguments: str, folder: Optional[Path] = None, server: str = '',
-             environment: Optional[Dict[str, str]] = None) -> Tuple[int, str, str]:
-    """Run `httpok --once` as from a shell; return its exit status and what it printed."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith('SUPERVISOR_')}
-    env.update(environment or {})
-    if server:
-        env['SUPERVISOR_SERVER_URL'] = server
-    run = subprocess.run([PYTHON, '-m', 'superlance.httpok', '--once', *arguments], env=env, cwd=folder,
-                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=2 * TIMEOUT)
-    return run.returncode, run.stdout.decode('utf-8'), run.stderr.decode('utf-8')
+def run_once(*arguments: str, folder: Optional[Path] = None, **environment: str) -> Tuple[int, str, str]:
+    """Run `httpok --once`; return its exit status and what it printed."""
+    run = run_by_hand('httpok', '--once', *arguments, folder=folder, **environment)
+    return run.returncode, run.stdout, run.stderr
 
 
 # Options.
@@ -822,7 +795,7 @@ def test_a_refused_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) ->
     with refusing() as server:
         def start() -> None:
             server.listen(5)
-            accept_with(site, server)
+            accept_all(server, site.serve)
         pauses = on_pause(monkeypatch, start)
         assert check('http://127.0.0.1:%d/' % server.getsockname()[1]) == GOOD
         server.shutdown(socket.SHUT_RDWR)
@@ -852,7 +825,7 @@ def test_an_address_that_refuses_is_tried_again_though_another_fails_otherwise(
 
         def start() -> None:
             server.listen(5)
-            accept_with(site, server)
+            accept_all(server, site.serve)
         pauses = on_pause(monkeypatch, start)
         assert check('http://web.example/') == GOOD
         server.shutdown(socket.SHUT_RDWR)
@@ -893,7 +866,7 @@ def test_a_unix_socket_whose_queue_is_full_for_a_moment(monkeypatch: pytest.Monk
         finally:
             for client in clients:
                 client.close()
-        pauses = on_pause(monkeypatch, lambda: accept_with(Site(), server))
+        pauses = on_pause(monkeypatch, lambda: accept_all(server, Site().serve))
         assert check('--unix-socket', path, 'http://localhost/') == GOOD
         assert pauses
         server.shutdown(socket.SHUT_RDWR)
@@ -1038,13 +1011,13 @@ def test_memory_does_not_grow_with_the_body(head: bytes, piece: bytes, end: byte
 
 # The listener, on its own.
 
-def test_good_checks_are_silent(tmp_path: Path) -> None:
-    with Site() as site, Listener(['httpok', *mail_to(tmp_path / 'mail'), site.url()]) as listener:
+def test_good_checks_are_silent(inbox: CommandInbox) -> None:
+    with Site() as site, Listener(['httpok', *mail_to(inbox), site.url()]) as listener:
         for _ in range(2):
             listener.tick()
         assert len(site.requests) == 2
         assert listener.close() == 0
-    assert (listener.log, read_mails(tmp_path / 'mail')) == ('', [])
+    assert (listener.log, inbox.mails) == ('', [])
 
 
 def test_good_checks_are_told_on_demand() -> None:
@@ -1073,17 +1046,17 @@ def test_only_ticks_are_served() -> None:
     (['--name', 'w\nBcc: eve', *TEXT], reply(), 'httpok [w | Bcc: eve]: URL: bad body returned', 'does not contain'),
     (['-t', SHORT], hang, 'httpok: URL: bad status returned', 'no complete reply within 0.4 s'),
 ])
-def test_mail_only(argv: List[str], answer: Answer, subject: str, text: str, tmp_path: Path) -> None:
-    with Site(answer) as site, Listener(['httpok', *argv, *mail_to(tmp_path / 'mail'), site.url()]) as listener:
+def test_mail_only(argv: List[str], answer: Answer, subject: str, text: str, inbox: CommandInbox) -> None:
+    with Site(answer) as site, Listener(['httpok', *argv, *mail_to(inbox), site.url()]) as listener:
         listener.tick()
         listener.tick()
         assert listener.close() == 0
         assert text in listener.log
-    mails = read_mails(tmp_path / 'mail')
-    assert [unfold(mail) for mail in mails] == [subject.replace('URL', site.url())] * 2
+    mails = inbox.mails
+    assert inbox.subjects == [subject.replace('URL', site.url())] * 2
     for mail in mails:
         assert (mail['To'], mail['Bcc']) == ('bob@example.com', None)
-        body = mail.get_payload()
+        body = mail.get_content()
         assert body.startswith(site.url() + '\n\n') and text in body and 'supervisor supervisor\n' in body
 
 
@@ -1094,17 +1067,17 @@ def test_without_an_address_there_is_the_log_only() -> None:
         assert listener.log.count('\n') == 1
 
 
-def test_a_hostile_reason_phrase_stays_one_line_of_log_and_mail(tmp_path: Path) -> None:
+def test_a_hostile_reason_phrase_stays_one_line_of_log_and_mail(inbox: CommandInbox) -> None:
     answer = reply(status='500 a\x1b[2J\x07\rBcc: eve@example.com\x85\x0b' + 'x' * 3000)
-    with Site(answer) as site, Listener(['httpok', *mail_to(tmp_path / 'mail'), site.url()]) as listener:
+    with Site(answer) as site, Listener(['httpok', *mail_to(inbox), site.url()]) as listener:
         listener.tick()
         assert listener.close() == 0
     lines = listener.log.split('\n')[:-1]
     assert len(lines) == 2 and 'status 500 a' in lines[0] and 'sent mail' in lines[1]
     assert all(line.isprintable() and len(line) < 500 for line in lines)
-    mail, = read_mails(tmp_path / 'mail')
+    mail, = inbox.mails
     assert mail['Bcc'] is None
-    assert all(line.isprintable() and len(line) < 500 for line in mail.get_payload().split('\n'))
+    assert all(line.isprintable() and len(line) < 500 for line in mail.get_content().split('\n'))
 
 
 @pytest.mark.parametrize('answers, checks, mails', [
@@ -1113,8 +1086,8 @@ def test_a_hostile_reason_phrase_stays_one_line_of_log_and_mail(tmp_path: Path) 
     ([500, 500, 200, 500, 500, 500], 6, 1),
     ([500, 500, 500, 500], 4, 2),   # nothing was restarted, so the count goes on
 ])
-def test_failures_in_a_row(answers: List[int], checks: int, mails: int, tmp_path: Path) -> None:
-    argv = ['httpok', '--failures=3', *mail_to(tmp_path / 'mail')]
+def test_failures_in_a_row(answers: List[int], checks: int, mails: int, inbox: CommandInbox) -> None:
+    argv = ['httpok', '--failures=3', *mail_to(inbox)]
     with Site(*[reply(status='%d x' % status) for status in answers]) as site, \
             Listener([*argv, site.url()]) as listener:
         for _ in range(checks):
@@ -1123,7 +1096,7 @@ def test_failures_in_a_row(answers: List[int], checks: int, mails: int, tmp_path
         assert listener.close() == 0
         assert '(failed check 1 of 3)' in listener.log and '(failed check 2 of 3)' in listener.log
         assert 'of 3' not in [line for line in listener.log.splitlines() if 'status' in line][-1] or not mails
-    assert len(read_mails(tmp_path / 'mail')) == mails
+    assert len(inbox.mails) == mails
 
 
 SECRET = 's3cr%23t%21'
@@ -1136,18 +1109,18 @@ def assert_no_secret(text: str) -> None:
 
 
 @pytest.mark.parametrize('answer', [reply(status='401 Unauthorized'), b'', reply()])
-def test_the_password_of_the_url_is_never_told(answer: bytes, tmp_path: Path) -> None:
+def test_the_password_of_the_url_is_never_told(answer: bytes, tmp_path: Path, inbox: CommandInbox) -> None:
     argv = ['-b', 'fine', '-p', 'web']
     with Site(answer) as site:
         url = site.url(user='bob:%s@' % SECRET)
-        with Listener(['httpok', '-v', *argv, *mail_to(tmp_path / 'mail'), url]) as listener:
+        with Listener(['httpok', '-v', *argv, *mail_to(inbox), url]) as listener:
             listener.tick()
             assert listener.close() == 0
-        status, out, err = run_once(*argv, url, server='unix:///nonexistent/s.sock')
+        status, out, err = run_once(*argv, url, SUPERVISOR_SERVER_URL='unix:///nonexistent/s.sock')
         assert 'Authorization: Basic ' + base64.b64encode(b'bob:s3cr#t!').decode() in site.requests[0]
-    mail, = read_mails(tmp_path / 'mail')
+    mail, = inbox.mails
     assert (status, err) == (1, '')
-    for text in (listener.log, read(tmp_path / 'mail'), unfold(mail), out):
+    for text in (listener.log, read(tmp_path / 'inbox'), mail['Subject'], out):
         assert_no_secret(text)
         assert 'http://bob:***@127.0.0.1:%d/' % site.port in text
 
@@ -1162,15 +1135,15 @@ def test_a_signal_ends_a_check_at_once(signum: int) -> None:
         assert listener.log == ''
 
 
-def test_nothing_is_restarted_where_supervisord_does_not_answer(tmp_path: Path) -> None:
+def test_nothing_is_restarted_where_supervisord_does_not_answer(inbox: CommandInbox) -> None:
     with Site(reply(status='500 No')) as site, \
-            Listener(['httpok', '-p', 'web', *mail_to(tmp_path / 'mail'), site.url()]) as listener:
+            Listener(['httpok', '-p', 'web', *mail_to(inbox), site.url()]) as listener:
         listener.tick()
         assert listener.close() == 0
         assert 'nothing is restarted: supervisord at unix:///nonexistent/supervisor.sock' in listener.log
-    mail, = read_mails(tmp_path / 'mail')
-    assert unfold(mail) == 'httpok: %s: bad status returned' % site.url()
-    assert 'nothing is restarted: supervisord at ' in mail.get_payload()
+    mail, = inbox.mails
+    assert mail['Subject'] == 'httpok: %s: bad status returned' % site.url()
+    assert 'nothing is restarted: supervisord at ' in mail.get_content()
 
 
 @pytest.mark.parametrize('option', ['-E', '--grace=5m'])
@@ -1214,8 +1187,8 @@ class Watch:
     def __init__(self, supervisord: Supervisord, folder: Path, *argv: str, group: str = 'listener') -> None:
         self._supervisord = supervisord
         self._pids = find_pids(supervisord)
-        self._mail = folder / 'mail'
-        self.listener = Listener(['httpok', *mail_to(self._mail), *argv], folder=folder,
+        self._inbox = CommandInbox(folder)
+        self.listener = Listener(['httpok', *mail_to(self._inbox), *argv], folder=folder,
                                  environment=dict(supervisord.environment, SUPERVISOR_GROUP_NAME=group))
 
     def __enter__(self) -> Watch:
@@ -1240,7 +1213,7 @@ class Watch:
     def close(self) -> List[Tuple[str, str]]:
         """End it and return the subjects and texts of its mails."""
         assert self.listener.close() == 0
-        return [(unfold(mail), mail.get_payload()) for mail in read_mails(self._mail)]
+        return [(mail['Subject'], mail.get_content()) for mail in self._inbox.mails]
 
 
 def test_a_process_that_hangs_is_restarted(shared: Supervisord, tmp_path: Path) -> None:
@@ -1520,7 +1493,7 @@ def test_a_command_for_cores_that_hangs_does_not_keep_from_the_restart(
     assert capfd.readouterr().err.endswith('%s/web 7: did not end in time\n' % tmp_path)
 
 
-def test_a_signal_ends_the_command_for_cores(shared: Supervisord, tmp_path: Path) -> None:
+def test_a_signal_ends_the_command_for_cores(shared: Supervisord, tmp_path: Path, inbox: CommandInbox) -> None:
     # Its stdin ends once the listener waits for it.
     script = write_script(tmp_path / 'gcore', 'cat\necho $$ > pid.new\nmv pid.new pid\nexec sleep 600\n')
     with Site(FAILING) as site, Watch(
@@ -1532,8 +1505,8 @@ def test_a_signal_ends_the_command_for_cores(shared: Supervisord, tmp_path: Path
         assert watch.listener.terminate() == 0
         assert not is_alive(pid)
         assert watch.find_restarted() == set()
-    mail, = read_mails(tmp_path / 'mail')
-    assert unfold(mail) == 'httpok: %s: bad status returned' % site.url()
+    mail, = inbox.mails
+    assert mail['Subject'] == 'httpok: %s: bad status returned' % site.url()
 
 
 def test_no_cores_in_a_dry_run(shared: Supervisord, tmp_path: Path) -> None:
@@ -1561,7 +1534,7 @@ def test_odd_process_names_reach_no_shell_and_stay_in_the_directory(tmp_path: Pa
     assert len(written) == len(names) and {os.path.dirname(path) for path in written} == {str(cores)}
     assert sorted(map(os.path.basename, written)) == sorted(os.listdir(str(cores)))
     assert os.listdir(str(cores.parent)) == ['cores']
-    assert set(os.listdir(str(tmp_path))) - before <= {'written', 'mail', 'supervisord.log', 'supervisord.pid'}
+    assert set(os.listdir(str(tmp_path))) - before <= {'written', 'inbox', 'supervisord.log', 'supervisord.pid'}
 
 
 # One look by hand.
@@ -1596,10 +1569,9 @@ def test_once_that_finds_a_fault(answer: Answer, argv: List[str], lines: List[st
     assert [line for line in out.splitlines() if not line.startswith('time ')] == ['url      ' + site.url(), *lines]
 
 
-def test_once_in_the_c_locale() -> None:
-    environment = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='')
+def test_once_in_the_c_locale(tmp_path: Path) -> None:
     with Site(reply('grün'.encode('utf-8'))) as site:
-        status, out, err = run_once('-b', 'grün', site.url(), environment=environment)
+        status, out, err = run_once('-b', 'grün', site.url(), folder=tmp_path, **C_LOCALE)
     assert (status, err) == (0, '')
     assert r"contains 'gr\xfcn'" in out
 
@@ -1621,7 +1593,7 @@ def test_once_names_what_is_watched(argv: List[str], answer: Answer, status: int
                                     shared: Supervisord) -> None:
     pids = find_pids(shared)
     with Site(answer) as site:
-        got, out, err = run_once(*argv, site.url(), server=shared.url)
+        got, out, err = run_once(*argv, site.url(), SUPERVISOR_SERVER_URL=shared.url)
     assert (got, err, find_watched(out)) == (status, '', watched)
     assert find_pids(shared) == pids
 
@@ -1636,7 +1608,7 @@ def test_once_finds_supervisord_as_supervisorctl_does(shared: Supervisord, tmp_p
 
 def test_once_without_a_supervisord() -> None:
     with Site() as site:
-        status, out, err = run_once('-p', 'web', site.url(), server='unix:///nonexistent/s.sock')
+        status, out, err = run_once('-p', 'web', site.url(), SUPERVISOR_SERVER_URL='unix:///nonexistent/s.sock')
     assert (status, err) == (1, '')
     assert 'verdict  ok\nwatched  unable to tell: supervisord at unix:///nonexistent/s.sock does not answer' in out
 

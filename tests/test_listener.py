@@ -19,9 +19,7 @@ import pytest
 from superlance import listener
 from superlance.listener import (
     CommandFailed, Event, ProtocolError, one_line, parse_tokens, printable, read_event, run_command, timestamp)
-from support import PYTHON, TIMEOUT, is_alive, read, wait_for
-
-ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
+from support import C_LOCALE, PYTHON, TIMEOUT, is_alive, read, wait_for
 
 
 def run_script(text: str, environment: Optional[Dict[str, str]] = None, **options: Any) -> subprocess.CompletedProcess[
@@ -88,7 +86,7 @@ def test_a_timestamp_is_local_time_with_milliseconds(in_tokyo: None, now: float,
 
 def test_a_log_entry_is_a_line_on_stderr_in_utf_8_whatever_the_locale() -> None:
     done = run_script("log = make_log('memmon')\n"
-                      "log('one\\ntwo gr\\u00f6\\u00dfe \\udcff \\x1b[2J')\nlog('three')\n", ASCII)
+                      "log('one\\ntwo gr\\u00f6\\u00dfe \\udcff \\x1b[2J')\nlog('three')\n", C_LOCALE)
     assert done.returncode == 0, done.stderr
     first, second = done.stderr.decode('utf-8').splitlines()
     stamp, text = first[:23], first[23:]
@@ -242,7 +240,7 @@ def test_streams_taken_leave_nothing_of_the_protocol_at_0_1_and_2(closed: Sequen
 
 def test_events_are_utf_8_in_any_locale() -> None:
     done = run_script('events, results = take_streams()\n'
-                      "os.write(results, ascii(events.read()).encode('ascii'))", ASCII,
+                      "os.write(results, ascii(events.read()).encode('ascii'))", C_LOCALE,
                       stdin=None, input='größe\r\n'.encode() + b'\xff')
     assert done.stdout == rb"'gr\xf6\xdfe\r\n\udcff'"
 
@@ -523,7 +521,7 @@ def test_a_command_in_a_locale_of_its_own_environment() -> None:
 
 def test_a_command_is_utf_8_in_any_locale() -> None:
     done = run_script("for command in ['printf', 'gr\\u00f6\\u00dfe'], 'printf gr\\u00f6\\u00dfe':\n"
-                      "    print(ascii(run_command(command, lambda: 9).decode('utf-8')))", ASCII)
+                      "    print(ascii(run_command(command, lambda: 9).decode('utf-8')))", C_LOCALE)
     assert done.stdout == rb"'gr\xf6\xdfe'" + b'\n' + rb"'gr\xf6\xdfe'" + b'\n', done.stderr
 
 

@@ -16,8 +16,8 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 import trustme
-from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult, LoginPassword
+from inbox import SmtpController, write_account
 from support import TIMEOUT, find_children, is_alive, read, serving, wait_for, write_script
 
 from superlance import listener, mail
@@ -739,7 +739,7 @@ def test_close_does_not_wait_for_a_mute_server(make_outbox: Make, monkeypatch: p
 
 # Real servers, and the real sendmail.
 
-class Server(Controller):
+class Server(SmtpController):
     """An SMTP server on loopback; each mail it took is (sender, recipients, message, connection)."""
 
     def __init__(self, port: int = 0, refused: Sequence[str] = (), quit_status: str = '221 bye',
@@ -750,11 +750,6 @@ class Server(Controller):
         self._refused = refused
         self._quit_status = quit_status
         super().__init__(self, hostname='127.0.0.1', port=port, **options)
-
-    def _trigger_server(self) -> None:
-        server: Any = self.server
-        self.port = server.sockets[0].getsockname()[1]
-        super()._trigger_server()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Server:
         self.start()
@@ -796,11 +791,8 @@ HOSTILE_BODY = 'sm\xf6rg\xe5s\n.\nQUIT\n' + 'long \U0001f600 ' * 1000 + '\n'
 @pytest.mark.skipif(not os.path.exists('/usr/sbin/sendmail'), reason='there is no sendmail')
 def test_real_sendmail(make_outbox: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HOME', str(tmp_path))
-    account = tmp_path / '.msmtprc'
     with Server() as server:
-        account.write_text('account default\nhost 127.0.0.1\nport %d\nfrom x@example.com\nauto_from off\n'
-                           % server.port, 'utf-8')
-        account.chmod(0o600)
+        write_account(tmp_path, server.port)
         outbox = make_outbox(mail.SENDMAIL, to=('bob@example.com', '"Doe, J" <j@example.com>'))
         outbox.put('caf\xe9', HOSTILE_BODY)
         sender, recipients, message, _ = server.wait()

@@ -5,12 +5,13 @@ import os
 import subprocess
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, SupportsIndex, Tuple
 
 import pytest
 from inbox import CommandInbox
-from support import PYTHON, Listener, Proxy, Supervisord, find_children, read, wait_for, write_script
+from support import PYTHON, Listener, Proxy, Supervisord, find_children, read, run_by_hand, wait_for, write_script
 
 from superlance import mail, memmon
 from superlance.listener import make_log
@@ -767,11 +768,7 @@ def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
         'group:program  1      too much\n')
 
 
-def look(*arguments: str, folder: Path, **environment: str) -> 'subprocess.CompletedProcess[str]':
-    env = {key: value for key, value in os.environ.items() if not key.startswith('SUPERVISOR_')}
-    return subprocess.run([PYTHON, '-m', 'superlance.memmon', '--once', *arguments], cwd=folder, timeout=60,
-                          env=dict(env, **environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, encoding='utf-8')
+look = partial(run_by_hand, 'memmon', '--once')
 
 
 def read_rows(printed: str) -> Dict[str, List[str]]:

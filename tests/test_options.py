@@ -8,7 +8,7 @@ import sys
 from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import pytest
-from support import PYTHON, TIMEOUT
+from support import C_LOCALE, PYTHON, TIMEOUT
 
 from superlance import __version__, memmon
 from superlance.options import (
@@ -339,12 +339,11 @@ def show(given):
 raise SystemExit(run_script('tester', 'usage', [Option('n', 'name', str), Option('', 'size', int)],
                             lambda given, arguments: given, show, None))
 '''
-FOREIGN = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
 
 
 def run_process(*arguments: Union[str, bytes]) -> Tuple[int, bytes, bytes]:
     process = subprocess.run([PYTHON, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, timeout=TIMEOUT, env={**os.environ, **FOREIGN})
+                             stderr=subprocess.PIPE, timeout=TIMEOUT, env={**os.environ, **C_LOCALE})
     return process.returncode, process.stdout, process.stderr
 
 

@@ -21,7 +21,7 @@ from superlance.processes import (
     START_FAILED, STARTING, STOP_FAILED, STOPPED, STOPPING, SUBJECTS, UNKNOWN, UNTOUCHED, WAIT, CantTell, Name,
     NameCheck, Outcome, Process, Refused, Restarter, Supervisor, find_supervisor, find_unmatched, judge_stopped,
     make_process, parse_name)
-from support import Proxy, Supervisord, find_children, read_until, serving, wait_for, write_script
+from support import ALL_LOST, Proxy, Supervisord, find_children, read_until, serving, wait_for, write_script
 
 INFO: Dict[str, Any] = dict(group='g', name='web', pid=100, state=RUNNING, statename='RUNNING', start=1000, now=1060,
                             spawnerr='')
@@ -904,9 +904,6 @@ def test_stop_that_comes_late(tmp_path: Path) -> None:
         assert results(outcomes) == [STOP_FAILED, RESTARTED]
         assert supervisord.info('web')['statename'] == 'RUNNING'
         assert supervisord.log.count('spawned:') == 2
-
-
-ALL_LOST = ['pass'] + ['lose call'] * 3
 
 
 @pytest.mark.parametrize('rules, expected', [
