@@ -44,14 +44,32 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from superlance import mail
 from superlance.listener import Event, listen, make_log, parse_tokens, timestamp, uninterrupted
 from superlance.options import (
-    COMMON_OPTIONS, Given, Option, UsageError, parse_count, parse_text, parse_timeout, run_script, without_password)
+    COMMON_OPTIONS,
+    Given,
+    Option,
+    UsageError,
+    parse_count,
+    parse_text,
+    parse_timeout,
+    run_script,
+    without_password,
+)
 from superlance.processes import (
-    EVERY, CantTell, Name, NameCheck, Refused, Supervisor, find_supervisor, make_process, parse_name)
+    EVERY,
+    CantTell,
+    Name,
+    NameCheck,
+    Refused,
+    Supervisor,
+    find_supervisor,
+    make_process,
+    parse_name,
+)
 
 EXITED = 'PROCESS_STATE_EXITED'
 FATAL = 'PROCESS_STATE_FATAL'
@@ -75,20 +93,19 @@ OPTIONS = (
 
 
 class Options(NamedTuple):
-    names: Tuple[Name, ...]     # whom to watch
+    names: tuple[Name, ...]     # whom to watch
     prefix: str
-    tail_lines: Optional[int]
-    interval_seconds: Optional[float]
+    tail_lines: int | None
+    interval_seconds: float | None
     mail: mail.Settings
     once: bool
-    configuration: Optional[str]
+    configuration: str | None
 
 
-def build_options(given: Given, arguments: List[str]) -> Options:
+def build_options(given: Given, arguments: list[str]) -> Options:
     """Return the Options for what was given. Raises UsageError."""
     if arguments:
-        raise UsageError('unexpected argument %r; crashmail takes options only'
-                         % without_password(arguments[0]))
+        raise UsageError(f'unexpected argument {without_password(arguments[0])!r}; crashmail takes options only')
     if 'once' in given and 'email' not in given:
         raise UsageError('option --once: it sends a test mail; say to whom with -m')
     prefix = given.last('optionalheader')
@@ -117,19 +134,17 @@ class Crash(NamedTuple):
     @property
     def subject(self) -> str:
         if self.pid:
-            return '%s crashed at %s' % (self.program, timestamp(self.when))
-        return '%s is FATAL, supervisord has given up starting it, at %s' % (self.program, timestamp(self.when))
+            return f'{self.program} crashed at {timestamp(self.when)}'
+        return f'{self.program} is FATAL, supervisord has given up starting it, at {timestamp(self.when)}'
 
     @property
     def text(self) -> str:
         if self.pid:
-            return ('program %s of group %s (pid %s) was %s and exited unexpectedly'
-                    % (self.program, self.group, self.pid, self.from_state))
-        return ('supervisord has given up starting program %s of group %s, which was %s and is FATAL now'
-                % (self.program, self.group, self.from_state))
+            return (f'program {self.program} of group {self.group} (pid {self.pid}) was {self.from_state} and exited unexpectedly')
+        return (f'supervisord has given up starting program {self.program} of group {self.group}, which was {self.from_state} and is FATAL now')
 
 
-def find_crash(event: Event) -> Optional[Crash]:
+def find_crash(event: Event) -> Crash | None:
     """Return the Crash that an event tells of, None if it tells of none.
 
     Raises ValueError for an event of which that can't be said.
@@ -140,7 +155,7 @@ def find_crash(event: Event) -> Optional[Crash]:
     if event.name == EXITED and tokens.get('expected') == '1':
         return None
     if 'processname' not in tokens or (event.name == EXITED and tokens.get('expected') != '0'):
-        raise ValueError('unable to read a %s event: %r' % (event.name, event.payload[:200]))
+        raise ValueError(f'unable to read a {event.name} event: {event.payload[:200]!r}')
     program = tokens['processname']
     pid = (tokens.get('pid') or 'unknown') if event.name == EXITED else ''
     return Crash(tokens.get('groupname', program), program, pid, tokens.get('from_state', 'unknown'),
@@ -161,9 +176,9 @@ class LastWords:
     def __init__(self, supervisor: Supervisor, lines: int) -> None:
         self._supervisor = supervisor
         self._lines = lines
-        self._paths: Dict[str, Dict[str, str]] = {}     # by namespec and channel; '' for no log
+        self._paths: dict[str, dict[str, str]] = {}     # by namespec and channel; '' for no log
         # The inode and size that each log had when its process crashed last.
-        self._ends: Dict[str, Tuple[int, int]] = {}
+        self._ends: dict[str, tuple[int, int]] = {}
         self._ask_after = 0.0
         try:
             for info in supervisor.call('getAllProcessInfo'):
@@ -173,7 +188,7 @@ class LastWords:
 
     def fetch(self, crash: Crash) -> str:
         """Return the lines, or why there are none; takes a few seconds at most."""
-        namespec = '%s:%s' % (crash.group, crash.program)
+        namespec = f'{crash.group}:{crash.program}'
         parts, trouble = self._read_both(namespec)
         try:
             known = self._paths.get(namespec)
@@ -188,10 +203,10 @@ class LastWords:
         except (CantTell, Refused) as why:
             trouble = trouble or str(why)
         if trouble:
-            parts.append('\nsupervisord can not be asked for more of its log: %s' % trouble)
+            parts.append(f'\nsupervisord can not be asked for more of its log: {trouble}')
         return '\n'.join(parts) or '\nIt has written nothing to a log.'
 
-    def _read_both(self, namespec: str) -> Tuple[List[str], str]:
+    def _read_both(self, namespec: str) -> tuple[list[str], str]:
         """Return what is told of each log, and why it could not be read or ''."""
         parts = []
         trouble = ''
@@ -203,7 +218,7 @@ class LastWords:
                 continue
             if text:
                 lines = text.rstrip('\n').split('\n')[-self._lines:]
-                parts.append('\nThe last lines of its %s log:\n%s' % (
+                parts.append('\nThe last lines of its {} log:\n{}'.format(
                     channel, '\n'.join('  ' + line for line in lines)))
         return parts, trouble
 
@@ -228,12 +243,12 @@ class LastWords:
 
     def _ask_for_end(self, namespec: str, channel: str, path: str) -> str:
         """Return the end of a log that supervisord has to read. Raises CantTell and Refused."""
-        size = self._ask('tailProcess%sLog' % channel.capitalize(), namespec, 0, 0)[1]
+        size = self._ask(f'tailProcess{channel.capitalize()}Log', namespec, 0, 0)[1]
         start, end = self._pass_on(path, 0, size)
         first = start
         while first < end:
             try:
-                return str(self._ask('readProcess%sLog' % channel.capitalize(), namespec, first, end - first))
+                return str(self._ask(f'readProcess{channel.capitalize()}Log', namespec, first, end - first))
             except CantTell:
                 # It can't send a text that begins within a character, which has 4 bytes at most.
                 first += 1
@@ -241,7 +256,7 @@ class LastWords:
                     raise
         return ''
 
-    def _pass_on(self, path: str, inode: int, size: int) -> Tuple[int, int]:
+    def _pass_on(self, path: str, inode: int, size: int) -> tuple[int, int]:
         """Return where to read a log from, and to; what was there before is an earlier process'."""
         inode_before, start = self._ends.get(path, (inode, 0))
         if inode != inode_before or start > size:
@@ -263,7 +278,7 @@ class LastWords:
 
     def _add_paths(self, info: Mapping[str, Any]) -> None:
         self._paths[make_process(info).namespec] = {
-            channel: info.get('%s_logfile' % channel, '') for channel in ('stdout', 'stderr')}
+            channel: info.get(f'{channel}_logfile', '') for channel in ('stdout', 'stderr')}
 
 
 # Tell.
@@ -275,7 +290,7 @@ class Report(NamedTuple):
     last_words: str
 
 
-def compose(reports: Sequence[Report]) -> Tuple[str, str]:
+def compose(reports: Sequence[Report]) -> tuple[str, str]:
     """Return the subject and body of the mail for one or several crashes."""
     subject = reports[0].crash.subject
     if len(reports) > 1:
@@ -283,7 +298,7 @@ def compose(reports: Sequence[Report]) -> Tuple[str, str]:
         subject = '%d crashes by %s: %s' % (len(reports), timestamp(reports[-1].crash.when), ', '.join(programs[:10]))
         if len(programs) > 10:
             subject += ' and %d more' % (len(programs) - 10)
-    return subject, '\n'.join('%s: %s.\n%s' % (timestamp(report.crash.when), report.crash.text, report.last_words)
+    return subject, '\n'.join(f'{timestamp(report.crash.when)}: {report.crash.text}.\n{report.last_words}'
                               for report in reports)
 
 
@@ -294,8 +309,8 @@ class Digest:
         self._interval_seconds = interval_seconds
         self._send = send
         self._lock = threading.Lock()
-        self._timer: Optional[threading.Timer] = None
-        self._held: List[Report] = []
+        self._timer: threading.Timer | None = None
+        self._held: list[Report] = []
 
     def add(self, report: Report) -> None:
         with self._lock:
@@ -394,9 +409,9 @@ def send_test(options: Options, environment: Mapping[str, str]) -> int:
         try:
             server = find_supervisor(options.configuration, environment).call('getIdentification')
         except (CantTell, Refused) as why:
-            print('note: %s' % why)
+            print(f'note: {why}')
     now = time.time()
-    subject = '%scrashmail test at %s' % (options.prefix, timestamp(now))
+    subject = f'{options.prefix}crashmail test at {timestamp(now)}'
     test = mail.Mail(subject, 'This is a test: crashmail --once was run by hand, and nothing has crashed.\n',
                      server, now, 0.0)
     deadline = time.monotonic() + mail.SEND_TIMEOUT_SECONDS
@@ -404,9 +419,9 @@ def send_test(options: Options, environment: Mapping[str, str]) -> int:
         said = mail.send(options.mail, mail.compose(options.mail, 'crashmail', test),
                          lambda: deadline - time.monotonic())
     except mail.SendFailed as why:
-        print('unable to send: %s' % why)
+        print(f'unable to send: {why}')
         return 1
-    print('sent "%s" to %s%s' % (subject, ', '.join(options.mail.recipients), ': ' + said if said else ''))
+    print('sent "{}" to {}{}'.format(subject, ', '.join(options.mail.recipients), ': ' + said if said else ''))
     return 0
 
 
@@ -417,7 +432,7 @@ def run(options: Options) -> int:
     return listen('crashmail', crashmail.handle, crashmail.finish)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return run_script('crashmail', __doc__, OPTIONS, build_options, run, argv)
 
 

@@ -22,7 +22,7 @@ import tempfile
 import time
 from email import message_from_bytes, policy
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Sequence
 
 from superlance.listener import timestamp
 from superlance.processes import FATAL, CantTell, Refused, Supervisor
@@ -145,11 +145,10 @@ def write_files(folder: Path) -> str:
     sections = [CONFIGURATION]
     for name, text in PROGRAMS.items():
         folder.joinpath(name + '.py').write_text(text.replace('PORT', port), 'utf-8')
-        sections.append('[program:%s]\ncommand=%s %s.py\nstdout_logfile=%s.log\n' % (name, python, name, name))
+        sections.append(f'[program:{name}]\ncommand={python} {name}.py\nstdout_logfile={name}.log\n')
     listeners = LISTENERS.replace('PORT', port)
     sections.append(re.sub(
-        r'command=(\w+) (.*)', lambda match: "command=%s -m superlance.%s -s 'cat >> mails' %s\nstderr_logfile=%s.log"
-        % (python, match.group(1), match.group(2), match.group(1)), listeners))
+        r'command=(\w+) (.*)', lambda match: f"command={python} -m superlance.{match.group(1)} -s 'cat >> mails' {match.group(2)}\nstderr_logfile={match.group(1)}.log", listeners))
     folder.joinpath('supervisord.conf').write_text('\n'.join(sections), 'utf-8', 'surrogateescape')
     return listeners
 
@@ -177,9 +176,9 @@ class Narrator:
     def __init__(self, folder: Path, started: float) -> None:
         self._folder = folder
         self._started = started
-        self.logs: Dict[str, List[str]] = {
+        self.logs: dict[str, list[str]] = {
             who: [] for who in (*PROGRAMS, 'supervisord', 'memmon', 'httpok', 'crashmail')}
-        self.mails: List[str] = []
+        self.mails: list[str] = []
 
     def say(self, who: str, what: str) -> None:
         print('%3d s  %-11s  %s' % (time.monotonic() - self._started, who, what), flush=True)
@@ -199,18 +198,18 @@ class Narrator:
             self.say(who, what)
         for data in WHOLE_MAIL.findall(self._read('mails')[0])[len(self.mails):]:
             message = message_from_bytes(data, policy=policy.default)
-            mail = 'To: %s\nSubject: %s\n\n%s' % (message['To'], message['Subject'], message.get_content().rstrip())
+            mail = 'To: {}\nSubject: {}\n\n{}'.format(message['To'], message['Subject'], message.get_content().rstrip())
             self.mails.append(mail)
             self.say('a mail', '(some of its headers are left out here)')
             print(re.sub('(?m)^', '           | ', mail), flush=True)
 
-    def _read(self, name: str) -> Tuple[bytes, float]:
+    def _read(self, name: str) -> tuple[bytes, float]:
         """Return what is in a file, and when it was written last."""
         path = self._folder / name
         return (path.read_bytes(), path.stat().st_mtime) if path.exists() else (b'', 0.0)
 
 
-def judge(first: Mapping[str, int], current: Mapping[str, int], narrator: Narrator) -> Dict[str, Dict[str, bool]]:
+def judge(first: Mapping[str, int], current: Mapping[str, int], narrator: Narrator) -> dict[str, dict[str, bool]]:
     """Return, for each listener, what it had to bring about and whether that is so.
 
     first and current are supervisord's pids by program, as they were at first and are now.
@@ -234,20 +233,20 @@ def judge(first: Mapping[str, int], current: Mapping[str, int], narrator: Narrat
 
 # From the start to the end.
 
-_signals: List[int] = []
+_signals: list[int] = []
 
 
 def _note_signal(signum: int, frame: object) -> None:
     _signals.append(signum)
 
 
-def watch(supervisord: subprocess.Popen[bytes], folder: Path, narrator: Narrator, deadline: float) -> Tuple[
-        Dict[str, Dict[str, bool]], str]:
+def watch(supervisord: subprocess.Popen[bytes], folder: Path, narrator: Narrator, deadline: float) -> tuple[
+        dict[str, dict[str, bool]], str]:
     """Tell what happens until all is done or can't be; return what was done, and what went wrong or ''."""
     supervisor = Supervisor({'SUPERVISOR_SERVER_URL': 'unix://%s' % (folder / 'supervisor.sock')}, CALL_SECONDS)
-    first: Dict[str, int] = {}
-    current: Dict[str, int] = {}
-    fatal: List[str] = []
+    first: dict[str, int] = {}
+    current: dict[str, int] = {}
+    fatal: list[str] = []
     while True:
         status = supervisord.poll()
         try:
@@ -264,18 +263,18 @@ def watch(supervisord: subprocess.Popen[bytes], folder: Path, narrator: Narrator
         if all(all(facts.values()) for facts in done.values()):
             return done, ''
         if _signals:
-            return done, 'ended by %s' % signal.Signals(_signals[0]).name
+            return done, f'ended by {signal.Signals(_signals[0]).name}'
         if status is not None:
             said = (folder / 'supervisord.out').read_text('utf-8', 'replace').rstrip()
             return done, 'supervisord has ended (status %d). It said:\n\n%s' % (status, said)
         if fatal:
-            return done, 'supervisord is unable to start %s' % ', '.join(fatal)
+            return done, 'supervisord is unable to start {}'.format(', '.join(fatal))
         if time.monotonic() > deadline:
             return done, 'that was not all, but %d s are over' % DEADLINE_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-def find_session(leader_pid: int) -> List[int]:
+def find_session(leader_pid: int) -> list[int]:
     """Return the pids of the processes in a session; supervisord's programs stay in supervisord's."""
     if os.path.exists('/proc/self/stat'):
         pids = [int(name) for name in os.listdir('/proc') if name.isdecimal()]
@@ -291,7 +290,7 @@ def find_session(leader_pid: int) -> List[int]:
     return found
 
 
-def end_supervisord(supervisord: subprocess.Popen[bytes]) -> List[int]:
+def end_supervisord(supervisord: subprocess.Popen[bytes]) -> list[int]:
     """End supervisord and all that it started; return the pids of what could not be ended."""
     supervisord.terminate()
     try:
@@ -326,7 +325,7 @@ def run() -> int:
             narrator.say('the demo', trouble or 'all three have done their jobs')
         finally:
             left = end_supervisord(supervisord)
-    ended = 'unable to end processes %s' % left if left else 'all its processes have ended'
+    ended = f'unable to end processes {left}' if left else 'all its processes have ended'
     ended = 'After %d s: %s, and its folder is removed.' % (time.monotonic() - started, ended)
     if _signals and trouble:
         print(ended)
@@ -339,7 +338,7 @@ def run() -> int:
     return 1 if trouble or left else 0
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments:
         asked = arguments[0] in ('-h', '--help')
@@ -356,7 +355,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # What stdout could not take, it must not try to write once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(why, BrokenPipeError):
-            print('the demo ended early: %s' % why, file=sys.stderr)
+            print(f'the demo ended early: {why}', file=sys.stderr)
         return 1
 
 

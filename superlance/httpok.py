@@ -69,16 +69,42 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
 
 from superlance import __version__, mail
 from superlance.listener import CommandFailed, Event, decode_end, listen, make_log, one_line, run_command
 from superlance.options import (
-    COMMON_OPTIONS, Given, Option, Rate, UsageError, parse_count, parse_rate, parse_text, parse_time,
-    parse_timeout, run_script, without_password)
+    COMMON_OPTIONS,
+    Given,
+    Option,
+    Rate,
+    UsageError,
+    parse_count,
+    parse_rate,
+    parse_text,
+    parse_time,
+    parse_timeout,
+    run_script,
+    without_password,
+)
 from superlance.processes import (
-    COUNTED, EVERY, RUNNING, STARTING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process, Refused, Restarter,
-    Supervisor, find_supervisor, find_unmatched, parse_name)
+    COUNTED,
+    EVERY,
+    RUNNING,
+    STARTING,
+    SUBJECTS,
+    CantTell,
+    Name,
+    NameCheck,
+    Outcome,
+    Process,
+    Refused,
+    Restarter,
+    Supervisor,
+    find_supervisor,
+    find_unmatched,
+    parse_name,
+)
 
 if TYPE_CHECKING:
     import ssl
@@ -107,7 +133,7 @@ class Target(NamedTuple):
     port: int
     path: str               # with the query
     host_header: str
-    authorization: Optional[str]
+    authorization: str | None
     shown: str              # the URL without its password
 
 
@@ -119,7 +145,7 @@ def parse_url(text: str) -> Target:
     shown = without_password(text)
 
     def wrong(reason: str) -> ValueError:
-        return ValueError('URL %r %s; write one as in http://localhost:8080/health' % (shown, reason))
+        return ValueError(f'URL {shown!r} {reason}; write one as in http://localhost:8080/health')
 
     if not text.isprintable() or ' ' in text:
         raise wrong('has a space or a control character')
@@ -141,7 +167,7 @@ def parse_url(text: str) -> Target:
     try:
         host = host.encode('idna').decode('ascii')
     except UnicodeError as why:
-        raise wrong('has a host that can not be: %s' % why)
+        raise wrong(f'has a host that can not be: {why}')
     authorization = None
     if url.username is not None:
         pair = b'%s:%s' % (unquote_to_bytes(url.username), unquote_to_bytes(url.password or ''))
@@ -150,7 +176,7 @@ def parse_url(text: str) -> Target:
     path = quote(url.path or '/', safe="%/:@!$&'()*+,;=~")
     if url.query:
         path += '?' + quote(url.query, safe="%/?:@!$&'()*+,;=~[]{}|^")
-    host_header = '[%s]' % host.partition('%')[0] if ':' in host else host
+    host_header = '[{}]'.format(host.partition('%')[0]) if ':' in host else host
     if port:
         host_header += ':%d' % port
     return Target(tls=url.scheme == 'https', host=host, port=port or (443 if url.scheme == 'https' else 80),
@@ -160,15 +186,15 @@ def parse_url(text: str) -> Target:
 def parse_status(text: str) -> int:
     """Return an HTTP status. Raises ValueError."""
     if not (text.isascii() and text.isdigit() and 100 <= int(text) <= 599):
-        raise ValueError('%r is not an HTTP status; write a number from 100 to 599, as in 200' % text)
+        raise ValueError(f'{text!r} is not an HTTP status; write a number from 100 to 599, as in 200')
     return int(text)
 
 
-def parse_header(text: str) -> Tuple[str, str]:
+def parse_header(text: str) -> tuple[str, str]:
     """Return the name and value of `Name: value`. Raises ValueError."""
     name, colon, value = text.partition(':')
     if not (colon and name and TOKEN_CHARACTERS.issuperset(name) and value.strip().isprintable()):
-        raise ValueError("%r is not a header; write one as in 'X-Probe: httpok'" % text)
+        raise ValueError(f"{text!r} is not a header; write one as in 'X-Probe: httpok'")
     return name, value.strip()
 
 
@@ -179,12 +205,12 @@ def parse_socket_path(text: str) -> str:
     return text
 
 
-def parse_command(text: str) -> List[str]:
+def parse_command(text: str) -> list[str]:
     """Return the words of a command, as a shell splits it. Raises ValueError."""
     try:
         words = shlex.split(text)
     except ValueError as why:
-        raise ValueError('%r is not a command: %s' % (text, why))
+        raise ValueError(f'{text!r} is not a command: {why}')
     if not words:
         raise ValueError('an empty command; write one as in /usr/bin/gcore -o')
     return words
@@ -215,28 +241,28 @@ OPTIONS = (
 
 class Options(NamedTuple):
     target: Target
-    names: Tuple[Name, ...]     # whom to restart
+    names: tuple[Name, ...]     # whom to restart
     timeout_seconds: float
-    statuses: FrozenSet[int]
-    body: Optional[str]
-    headers: Tuple[Tuple[str, str], ...]
-    unix_socket: Optional[str]
-    tls_context: Optional[ssl.SSLContext]
+    statuses: frozenset[int]
+    body: str | None
+    headers: tuple[tuple[str, str], ...]
+    unix_socket: str | None
+    tls_context: ssl.SSLContext | None
     eager: bool
     failures: int
     grace_seconds: float
-    max_restarts: Optional[Rate]
+    max_restarts: Rate | None
     dry_run: bool
-    core_directory: Optional[str]
+    core_directory: str | None
     gcore: Sequence[str]
-    name: Optional[str]
+    name: str | None
     verbose: bool
     mail: mail.Settings
     once: bool
-    configuration: Optional[str]
+    configuration: str | None
 
 
-def build_options(given: Given, arguments: List[str]) -> Options:
+def build_options(given: Given, arguments: list[str]) -> Options:
     """Return the Options for what was given. Raises UsageError."""
     if len(arguments) != 1:
         raise UsageError('%s; write one, as in http://localhost:8080/health'
@@ -273,7 +299,7 @@ def build_options(given: Given, arguments: List[str]) -> Options:
         configuration=given.last('configuration'))
 
 
-def make_tls_context(verify: bool, authorities: Optional[str]) -> ssl.SSLContext:
+def make_tls_context(verify: bool, authorities: str | None) -> ssl.SSLContext:
     """Return how to speak TLS: with the system's authorities, those in a file, or any certificate."""
     import ssl
 
@@ -281,8 +307,7 @@ def make_tls_context(verify: bool, authorities: Optional[str]) -> ssl.SSLContext
         try:
             return ssl.create_default_context(cafile=authorities)
         except OSError as why:
-            raise UsageError('option --cafile: %r can not be used: %s; name a file of certificates in PEM format'
-                             % (authorities, why.strerror or why))
+            raise UsageError(f'option --cafile: {authorities!r} can not be used: {why.strerror or why}; name a file of certificates in PEM format')
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -300,7 +325,7 @@ class Reply(NamedTuple):
 
     status: int
     reason: str
-    has_text: Optional[bool]    # whether the body contains the text of -b; None: the status is bad, and it was not read
+    has_text: bool | None    # whether the body contains the text of -b; None: the status is bad, and it was not read
     seconds: float
 
     @property
@@ -319,7 +344,7 @@ class Deadline:
         """Return seconds, more than none. Raises CheckFailed."""
         left = self._end - time.monotonic()
         if left <= 0:
-            raise CheckFailed('no complete reply within %g s' % self._seconds)
+            raise CheckFailed(f'no complete reply within {self._seconds:g} s')
         return min(left, LONGEST_WAIT_SECONDS)
 
     def seconds_taken(self) -> float:
@@ -360,10 +385,10 @@ class Resolver:
     """
 
     def __init__(self) -> None:
-        self._thread: Optional[threading.Thread] = None
-        self._answer: Union[List[Any], OSError] = []
+        self._thread: threading.Thread | None = None
+        self._answer: list[Any] | OSError = []
 
-    def resolve(self, host: str, port: int, deadline: Deadline) -> List[Any]:
+    def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
         """Return what getaddrinfo does. Raises OSError, CheckFailed and CantTell."""
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -376,11 +401,11 @@ class Resolver:
                 try:
                     thread.start()
                 except RuntimeError as why:
-                    raise CantTell('unable to look up %s: %s' % (host, why))
+                    raise CantTell(f'unable to look up {host}: {why}')
                 self._thread = thread
             self._thread.join(deadline.seconds_left())
             if self._thread.is_alive():
-                raise CheckFailed('the address of %s was not found in time' % host)
+                raise CheckFailed(f'the address of {host} was not found in time')
             self._thread = None
             if not isinstance(self._answer, OSError):
                 return self._answer
@@ -418,7 +443,7 @@ def _connect_once(options: Options, resolver: Resolver, deadline: Deadline) -> s
     else:
         found = resolver.resolve(options.target.host, options.target.port, deadline)
         addresses = [(family, address) for family, _, _, _, address in found]
-    failures: List[OSError] = []
+    failures: list[OSError] = []
     for position, (family, address) in enumerate(addresses):
         # One address that swallows packets must not use up the time of the others.
         seconds = deadline.seconds_left() / (len(addresses) - position)
@@ -453,9 +478,9 @@ def fetch(options: Options, resolver: Resolver) -> Reply:
             with sock:
                 return exchange(options, sock, deadline)
     except socket.timeout:
-        raise CheckFailed('no complete reply within %g s' % options.timeout_seconds)
+        raise CheckFailed(f'no complete reply within {options.timeout_seconds:g} s')
     except (OSError, HTTPException, ValueError) as why:  # ValueError: a chunk's length that http.client can't read
-        raise CheckFailed('no reply: %s' % describe_failure(why))
+        raise CheckFailed(f'no reply: {describe_failure(why)}')
 
 
 def exchange(options: Options, sock: socket.socket, deadline: Deadline) -> Reply:
@@ -486,13 +511,13 @@ def describe_failure(why: Exception) -> str:
     if isinstance(why, IncompleteRead):
         return 'the body ended early'
     if isinstance(why, (BadStatusLine, UnknownProtocol)) and not isinstance(why, OSError):
-        return 'what came is not HTTP: %r' % str(why)[:200]
+        return f'what came is not HTTP: {str(why)[:200]!r}'
     return one_line(getattr(why, 'strerror', None) or str(why) or type(why).__name__)
 
 
-def make_headers(options: Options) -> List[Tuple[str, str]]:
+def make_headers(options: Options) -> list[tuple[str, str]]:
     """Return the headers of the request: those of --header, and ours where they do not say otherwise."""
-    own = [('Host', options.target.host_header), ('User-Agent', 'httpok/%s' % __version__), ('Accept', '*/*'),
+    own = [('Host', options.target.host_header), ('User-Agent', f'httpok/{__version__}'), ('Accept', '*/*'),
            ('Accept-Encoding', 'identity'), ('Connection', 'close')]
     if options.target.authorization:
         own.append(('Authorization', options.target.authorization))
@@ -500,7 +525,7 @@ def make_headers(options: Options) -> List[Tuple[str, str]]:
     return [(name, value) for name, value in own if name.lower() not in given] + list(options.headers)
 
 
-def read_body(reply: HTTPResponse, text: Optional[str]) -> bool:
+def read_body(reply: HTTPResponse, text: str | None) -> bool:
     """Read a body as far as is needed, and return whether text, if any, occurs in it.
 
     Raises CheckFailed for a body that ends before its Content-Length, and HTTPException for bad chunks.
@@ -525,7 +550,7 @@ def read_body(reply: HTTPResponse, text: Optional[str]) -> bool:
     return not wanted
 
 
-def encode_text(text: str, charset: Optional[str]) -> Tuple[bytes, ...]:
+def encode_text(text: str, charset: str | None) -> tuple[bytes, ...]:
     """Return text as UTF-8 and, where that can be, as the reply's charset has it."""
     encoded = [text.encode('utf-8', 'surrogateescape')]
     for ending in ('', '-le', '-be'):   # of UTF-16 and UTF-32; no other has such a name
@@ -549,15 +574,15 @@ class Verdict(NamedTuple):
     text: str
 
 
-def judge(reply: Union[Reply, CheckFailed], statuses: FrozenSet[int], body: Optional[str]) -> Verdict:
+def judge(reply: Reply | CheckFailed, statuses: frozenset[int], body: str | None) -> Verdict:
     """Return what is wrong with a reply, or with there being none."""
     if isinstance(reply, CheckFailed):
         return Verdict(BAD_STATUS, str(reply))
     if reply.status not in statuses:
-        return Verdict(BAD_STATUS, 'status %s where %s was expected' % (
+        return Verdict(BAD_STATUS, 'status {} where {} was expected'.format(
             reply.status_line, ' or '.join(map(str, sorted(statuses)))))
     if not reply.has_text:
-        return Verdict(BAD_BODY, 'the body does not contain %r' % body)
+        return Verdict(BAD_BODY, f'the body does not contain {body!r}')
     return Verdict('', '')
 
 
@@ -566,10 +591,10 @@ def is_younger(process: Process, seconds: float) -> bool:
     return 0 <= process.now - process.start < seconds
 
 
-def check(options: Options, resolver: Resolver) -> Tuple[Union[Reply, CheckFailed], Verdict]:
+def check(options: Options, resolver: Resolver) -> tuple[Reply | CheckFailed, Verdict]:
     """Ask the URL and judge what it answered. Raises CantTell."""
     try:
-        reply: Union[Reply, CheckFailed] = fetch(options, resolver)
+        reply: Reply | CheckFailed = fetch(options, resolver)
     except CheckFailed as why:
         reply = why
     return reply, judge(reply, options.statuses, options.body)
@@ -590,8 +615,8 @@ class Httpok:
         self._outbox = mail.Outbox(options.mail, 'httpok', self._log)
         self._names = NameCheck(options.names, self._supervisor, self._log)
         self._failures = 0
-        self._outcomes: List[Outcome] = []
-        self._lines: List[str] = []     # for the mail
+        self._outcomes: list[Outcome] = []
+        self._lines: list[str] = []     # for the mail
         self._server = ''
 
     def handle(self, event: Event) -> None:
@@ -604,21 +629,21 @@ class Httpok:
         try:
             reason = self._find_reason_to_wait()
         except (CantTell, Refused) as why:
-            self._log('unable to ask which processes run, so %s is not checked: %s' % (self._options.target.shown, why))
+            self._log(f'unable to ask which processes run, so {self._options.target.shown} is not checked: {why}')
             return
         if reason:
             if self._options.verbose:
-                self._log('%s is not checked: %s' % (self._options.target.shown, reason))
+                self._log(f'{self._options.target.shown} is not checked: {reason}')
             return
         began = time.time()
         try:
             reply, verdict = check(self._options, self._resolver)
         except CantTell as why:
-            self._log('unable to check %s: %s' % (self._options.target.shown, why))
+            self._log(f'unable to check {self._options.target.shown}: {why}')
             return
         if verdict.text:
             self._failures += 1
-            self._log('%s: %s%s' % (
+            self._log('{}: {}{}'.format(
                 self._options.target.shown, verdict.text,
                 ' (failed check %d of %d)' % (self._failures, self._options.failures)
                 if self._failures < self._options.failures else ''))
@@ -633,7 +658,7 @@ class Httpok:
         self._retry()
         self._outbox.close()
 
-    def _find_watched(self) -> List[Process]:
+    def _find_watched(self) -> list[Process]:
         processes = self._supervisor.get_processes()
         self._names.tell_unmatched(processes)
         return [process for process in processes if process.group != self._own_group
@@ -647,7 +672,7 @@ class Httpok:
         if not (self._options.eager or any(process.state == RUNNING for process in up)):
             return 'no watched process is RUNNING'
         if up and all(is_younger(process, self._options.grace_seconds) for process in up):
-            return 'the watched processes have run for less than %g s' % self._options.grace_seconds
+            return f'the watched processes have run for less than {self._options.grace_seconds:g} s'
         return ''
 
     def _act(self, verdict: Verdict, began: float) -> None:
@@ -670,7 +695,7 @@ class Httpok:
         try:
             running = [process for process in self._find_watched() if process.state == RUNNING]
         except (CantTell, Refused) as why:
-            self._say('nothing is restarted: %s' % why)
+            self._say(f'nothing is restarted: {why}')
             return False
         if not running:
             self._say('nothing is restarted: no watched process is RUNNING')
@@ -678,7 +703,7 @@ class Httpok:
         for process in running:
             # In whole seconds; a start in the future is that of a clock that was set back since.
             if began < process.start <= process.now:
-                self._say('left %s alone: it was started while the URL was checked' % process.title)
+                self._say(f'left {process.title} alone: it was started while the URL was checked')
                 continue
             found = True
             if is_younger(process, self._options.grace_seconds):
@@ -695,11 +720,11 @@ class Httpok:
         try:
             output = run_command([*self._options.gcore, path, str(process.pid)], lambda: deadline - time.monotonic())
         except CommandFailed as why:
-            self._say('unable to write a core of %s: %s' % (process.title, why))
+            self._say(f'unable to write a core of {process.title}: {why}')
         else:
             said = decode_end(output)
-            self._log('wrote a core of %s: %s' % (process.title, one_line(said)))
-            self._lines += ['wrote a core of %s:' % process.title, *said.splitlines()]
+            self._log(f'wrote a core of {process.title}: {one_line(said)}')
+            self._lines += [f'wrote a core of {process.title}:', *said.splitlines()]
 
     def _retry(self) -> bool:
         self._outcomes = []
@@ -719,10 +744,10 @@ class Httpok:
         self._lines.append(line)
 
     def _mail(self, subject: str, lines: Sequence[str]) -> None:
-        program = 'httpok [%s]' % self._options.name if self._options.name else 'httpok'
+        program = f'httpok [{self._options.name}]' if self._options.name else 'httpok'
         shown = self._options.target.shown
-        self._outbox.put('%s: %s: %s' % (program, shown, subject),
-                         '%s\n\n%s\n' % (shown, '\n'.join(map(one_line, lines))), self._server)
+        self._outbox.put(f'{program}: {shown}: {subject}',
+                         '{}\n\n{}\n'.format(shown, '\n'.join(map(one_line, lines))), self._server)
 
 
 def make_file_name(title: str) -> str:
@@ -736,44 +761,44 @@ def make_file_name(title: str) -> str:
 def look_once(options: Options, environment: Mapping[str, str]) -> int:
     """Print the reply and what would be restarted; return 0 if all is well, else 1."""
     supervisor = find_supervisor(options.configuration, environment) if options.names else None
-    print('url      %s' % options.target.shown)
+    print(f'url      {options.target.shown}')
     try:
         reply, verdict = check(options, Resolver())
     except CantTell as why:
-        print('verdict  unable to check: %s' % one_line(why))
+        print(f'verdict  unable to check: {one_line(why)}')
         return 1
     if isinstance(reply, Reply):
-        print('status   %s' % reply.status_line)
-        print('time     %.3f s' % reply.seconds)
+        print(f'status   {reply.status_line}')
+        print(f'time     {reply.seconds:.3f} s')
         if options.body and reply.has_text is not None:
-            print('body     %s %r' % ('contains' if reply.has_text else 'does not contain', options.body))
-    print('verdict  %s' % one_line(verdict.text or 'ok'))
+            print('body     {} {!r}'.format('contains' if reply.has_text else 'does not contain', options.body))
+    print('verdict  {}'.format(one_line(verdict.text or 'ok')))
     if not supervisor:
         return 1 if verdict.text else 0
     try:
         processes = supervisor.get_processes()
     except (CantTell, Refused) as why:
-        print('watched  unable to tell: %s' % one_line(why))
+        print(f'watched  unable to tell: {one_line(why)}')
         return 1
     for process in processes:
         if any(name.means(process.group, process.program) for name in options.names):
-            print('watched  %s' % describe_watched(process, options, bool(verdict.text)))
+            print(f'watched  {describe_watched(process, options, bool(verdict.text))}')
     unmatched = find_unmatched(options.names, processes)
     for line in unmatched:
-        print('watched  %s' % line)
+        print(f'watched  {line}')
     return 1 if verdict.text or unmatched else 0
 
 
 def describe_watched(process: Process, options: Options, failed: bool) -> str:
     """Return what a watched process is, and what becomes of it where the check has failed."""
     if process.state != RUNNING:
-        return '%s is %s: not restarted' % (process.title, process.state_name)
+        return f'{process.title} is {process.state_name}: not restarted'
     line = '%s is RUNNING (pid %d, for %d s)' % (process.title, process.pid, process.uptime_seconds)
     if not failed:
         return line
     if is_younger(process, options.grace_seconds):
-        return '%s: in its grace, not restarted' % line
-    return '%s: would be restarted' % line
+        return f'{line}: in its grace, not restarted'
+    return f'{line}: would be restarted'
 
 
 def run(options: Options) -> int:
@@ -783,7 +808,7 @@ def run(options: Options) -> int:
     return listen('httpok', httpok.handle, httpok.finish)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return run_script('httpok', __doc__, OPTIONS, build_options, run, argv)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Sequence, TextIO
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -67,7 +67,7 @@ def timestamp(now: float) -> str:
 def make_log(program: str) -> Log:
     """Return a function that writes a line to stderr, which is the listener's log."""
     def log(message: str) -> None:
-        line = '%s %s: %s\n' % (timestamp(time.time()), program, one_line(message))
+        line = f'{timestamp(time.time())} {program}: {one_line(message)}\n'
         try:
             os.write(2, line.encode('utf-8', 'backslashreplace'))
         except OSError:
@@ -111,12 +111,12 @@ def uninterrupted(raising: bool = True) -> Iterator[None]:
 
 # The event protocol.
 
-def parse_tokens(line: str) -> Dict[str, str]:
+def parse_tokens(line: str) -> dict[str, str]:
     """Return the `name:value` tokens of a header or payload line; a value may hold colons."""
     return dict(token.split(':', 1) for token in line.split(' ') if ':' in token)
 
 
-def read_event(events: TextIO) -> Optional[Event]:
+def read_event(events: TextIO) -> Event | None:
     """Read one event; None at the end of input, in the middle of an event too.
 
     `len` counts characters, not bytes: supervisor/process.py takes it from the text
@@ -128,7 +128,7 @@ def read_event(events: TextIO) -> Optional[Event]:
     header = parse_tokens(line.strip())
     length = header.get('len', '')
     if not (length.isascii() and length.isdigit() and len(length) < 10):
-        raise ProtocolError("not an event's header, for want of a number after len: %r" % line[:200])
+        raise ProtocolError(f"not an event's header, for want of a number after len: {line[:200]!r}")
     payload = events.read(int(length))
     if len(payload) < int(length):
         return None
@@ -164,7 +164,7 @@ class Input(io.RawIOBase):
             os.read(self._signals, READ_BYTES)  # a signal to a child that was forked
 
 
-def take_streams() -> Tuple[TextIO, int]:
+def take_streams() -> tuple[TextIO, int]:
     """Return supervisord's events, and the file descriptor for the results.
 
     From here on they are this process' alone: file descriptor 0 is /dev/null and 1 is
@@ -193,9 +193,9 @@ def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], N
     """
     if 'SUPERVISOR_SERVER_URL' not in os.environ:
         sys.stderr.write(
-            '%s must be run as a supervisor event listener, from an [eventlistener:x] section '
+            f'{program} must be run as a supervisor event listener, from an [eventlistener:x] section '
             'of a supervisord that has an http server (SUPERVISOR_SERVER_URL is not set); '
-            "to try it from the shell: '%s --once'; the README has examples\n" % (program, program))
+            f"to try it from the shell: '{program} --once'; the README has examples\n")
         return 1
     events, results = take_streams()
     status = 0
@@ -236,8 +236,8 @@ def _stop_raising() -> None:
 
 # Commands.
 
-def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], float],
-                message: bytes = b'', environment: Optional[Dict[str, str]] = None) -> bytes:
+def run_command(command: str | Sequence[str], seconds_left: Callable[[], float],
+                message: bytes = b'', environment: dict[str, str] | None = None) -> bytes:
     """Run a command and return what it printed, stdout and stderr together.
 
     A string is the operator's own shell text; a sequence runs without a shell. message
@@ -250,10 +250,10 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
 
     name = command if isinstance(command, str) else ' '.join(command)
     # supervisord passes UTF-8, and the locale here may be another.
-    encoded: Union[bytes, Sequence[bytes]] = (
+    encoded: bytes | Sequence[bytes] = (
         _encode(command) if isinstance(command, str) else [_encode(word) for word in command])
     output = bytearray()
-    process: Optional[Popen[bytes]] = None
+    process: Popen[bytes] | None = None
     try:
         # A signal that came after the fork, but before Popen has returned, would leave the command behind.
         with uninterrupted() if threading.current_thread() is threading.main_thread() else nullcontext():
@@ -262,7 +262,7 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
                     encoded, shell=isinstance(command, str), env=environment, start_new_session=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             except (OSError, ValueError) as why:  # ValueError: a null byte in the command
-                raise CommandFailed('%s: %s' % (name, getattr(why, 'strerror', None) or why))
+                raise CommandFailed('{}: {}'.format(name, getattr(why, 'strerror', None) or why))
         failure = _attend(process, message, seconds_left, output)
     finally:
         if process:  # pragma: no branch  where it was not started there is nothing to do but to fail
@@ -275,7 +275,7 @@ def run_command(command: Union[str, Sequence[str]], seconds_left: Callable[[], f
                    else 'killed by signal %d' % -process.returncode)
     if failure:
         said = one_line(decode_end(bytes(output)))
-        raise CommandFailed('%s: %s%s' % (name, failure, ': ' + said if said else ''))
+        raise CommandFailed('{}: {}{}'.format(name, failure, ': ' + said if said else ''))
     return bytes(output)
 
 

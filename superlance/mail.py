@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Callable, Deque, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple
 
 from superlance.listener import CommandFailed, Log, decode_end, one_line, printable, run_command
 from superlance.options import DOMAIN, Given, Option, parse_address, parse_addresses, parse_text
@@ -44,10 +44,10 @@ class SmtpServer(NamedTuple):
 class Settings(NamedTuple):
     """To whom mail goes, and how; no recipients: no mail."""
 
-    recipients: Tuple[str, ...]
+    recipients: tuple[str, ...]
     sendmail: str
-    smtp: Optional[SmtpServer]
-    sender: Optional[str]
+    smtp: SmtpServer | None
+    sender: str | None
 
 
 class SendFailed(Exception):
@@ -73,8 +73,8 @@ def parse_smtp(text: str) -> SmtpServer:
 
     # In a wrong URL anything before the last @ may be the password.
     scheme = text.partition('://')[0]
-    shown = '%s***@%s' % (scheme + '://' if scheme.isalpha() else '', text.rpartition('@')[2]) if '@' in text else text
-    wrong = ValueError('%r is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...' % shown)
+    shown = '{}***@{}'.format(scheme + '://' if scheme.isalpha() else '', text.rpartition('@')[2]) if '@' in text else text
+    wrong = ValueError(f'{shown!r} is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...')
     try:
         url = urlsplit(text)
         port = url.port
@@ -87,7 +87,7 @@ def parse_smtp(text: str) -> SmtpServer:
     user = unquote(url.username or '')
     password = unquote(url.password or '') or os.environ.get('SUPERLANCE_SMTP_PASSWORD', '')
     if user and not (user + password).isascii():
-        raise ValueError('%r: user and password may hold ASCII only, as smtplib can send no more' % shown)
+        raise ValueError(f'{shown!r}: user and password may hold ASCII only, as smtplib can send no more')
     return SmtpServer(url.hostname, port or (465 if tls else 25), tls, user, password)
 
 
@@ -118,7 +118,7 @@ def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
     plain = mail.subject.isascii()
     message = EmailMessage(default.clone(max_line_length=LINE_LIMIT_BYTES) if plain else default)
     message['To'] = ', '.join(settings.recipients)
-    sender = settings.sender or ('%s@%s' % (program, domain) if settings.smtp else None)
+    sender = settings.sender or (f'{program}@{domain}' if settings.smtp else None)
     if sender:
         message['From'] = sender
     # email.message would decode an encoded word (RFC 2047), and write a line end in it as such.
@@ -128,9 +128,9 @@ def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
     message['Message-ID'] = '<%d.%d.%s@%s>' % (mail.written * 1000000, os.getpid(), program, domain)
     message['Auto-Submitted'] = 'auto-generated'
     lines = [printable(line.expandtabs().rstrip()) for line in mail.body.split('\n')]
-    origin = '%s on %s' % (program, host)
+    origin = f'{program} on {host}'
     if mail.server:
-        origin += ', supervisor %s' % one_line(mail.server)
+        origin += f', supervisor {one_line(mail.server)}'
     text = '\n'.join(lines).rstrip('\n') + '\n\n-- \n' + origin + '\n'
     readable = all(len(line.encode('utf-8')) <= LINE_LIMIT_BYTES for line in text.split('\n'))
     if text.isascii():
@@ -180,9 +180,9 @@ def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Calla
             with suppress(OSError):
                 smtp.putcmd('QUIT')  # the mail is taken, whatever is answered to this
     except smtplib.SMTPRecipientsRefused as why:
-        raise SendFailed('%s: %s' % (server.host, _describe_refused(why.recipients)))
+        raise SendFailed(f'{server.host}: {_describe_refused(why.recipients)}')
     except smtplib.SMTPResponseException as why:
-        raise SendFailed('%s: %s' % (server.host, _describe_answer(why.smtp_code, why.smtp_error)))
+        raise SendFailed(f'{server.host}: {_describe_answer(why.smtp_code, why.smtp_error)}')
     except (OSError, ValueError) as why:  # ValueError: what smtplib can't put into its protocol
         reason = (one_line(why) or type(why).__name__) if not late.is_set() else 'timed out'
         raise SendFailed('%s:%d: %s' % (server.host, server.port, reason))
@@ -219,16 +219,16 @@ def _open_session(smtp: smtplib.SMTP, server: SmtpServer, context: ssl.SSLContex
         # The name was looked up anew to connect, so it is the peer that counts.
         verified = encrypted and context.verify_mode == ssl.CERT_REQUIRED
         if not (verified or (smtp.sock and _is_loopback_address(smtp.sock.getpeername()[0]))):
-            raise SendFailed('%s offers no STARTTLS, and the password is not sent without' % server.host)
+            raise SendFailed(f'{server.host} offers no STARTTLS, and the password is not sent without')
         smtp.login(server.user, server.password)
 
 
-def _describe_refused(refused: Mapping[str, Tuple[int, bytes]]) -> str:
-    return ', '.join('%s was refused: %s' % (address, _describe_answer(*answer))
+def _describe_refused(refused: Mapping[str, tuple[int, bytes]]) -> str:
+    return ', '.join(f'{address} was refused: {_describe_answer(*answer)}'
                      for address, answer in refused.items())
 
 
-def _describe_answer(code: int, text: Union[bytes, str]) -> str:
+def _describe_answer(code: int, text: bytes | str) -> str:
     return '%d %s' % (code, one_line(text.decode('utf-8', 'replace') if isinstance(text, bytes) else text))
 
 
@@ -262,12 +262,12 @@ class Outbox:
         self._program = program
         self._log = log
         self._clock = clock
-        self._thread: Optional[threading.Thread] = None
+        self._thread: threading.Thread | None = None
         # All that follows is guarded by this.
         self._changed = threading.Condition()
-        self._fresh: Deque[Mail] = deque()
-        self._failed: Deque[Mail] = deque()
-        self._sending: Optional[Mail] = None
+        self._fresh: deque[Mail] = deque()
+        self._failed: deque[Mail] = deque()
+        self._sending: Mail | None = None
         self._retry_at = math.inf
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._end_at = math.inf
@@ -289,7 +289,7 @@ class Outbox:
                 try:
                     thread.start()
                 except RuntimeError as why:
-                    self._log('unable to send mail "%s" before the next one, or the end: %s' % (subject, why))
+                    self._log(f'unable to send mail "{subject}" before the next one, or the end: {why}')
                 else:
                     self._thread = thread  # not before, since a signal may end the listener in start()
 
@@ -305,7 +305,7 @@ class Outbox:
             self._work()
         with self._changed:
             for mail in filter(None, (self._sending, *self._failed, *self._fresh)):
-                self._drop(mail, '%s ends' % self._program)
+                self._drop(mail, f'{self._program} ends')
 
     def _work(self) -> None:
         while True:
@@ -355,11 +355,11 @@ class Outbox:
             said = send(self._settings, compose(self._settings, self._program, mail),
                         lambda: min(started + SEND_TIMEOUT_SECONDS, self._end_at) - self._clock())
         except Exception as why:  # whatever it is, the mails behind this one must not wait for ever
-            self._log('unable to send mail "%s", which is kept and tried again: %s' % (mail.subject, why))
+            self._log(f'unable to send mail "{mail.subject}", which is kept and tried again: {why}')
             return str(why) or type(why).__name__
-        self._log('sent mail "%s" to %s%s' % (mail.subject, ', '.join(self._settings.recipients),
+        self._log('sent mail "{}" to {}{}'.format(mail.subject, ', '.join(self._settings.recipients),
                                               ': ' + said if said else ''))
         return ''
 
     def _drop(self, mail: Mail, reason: str) -> None:
-        self._log('dropped mail "%s": %s' % (mail.subject, reason))
+        self._log(f'dropped mail "{mail.subject}": {reason}')

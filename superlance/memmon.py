@@ -50,16 +50,42 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, Mapping, NamedTuple, Sequence
 
 from superlance import mail
 from superlance.listener import CommandFailed, Event, Log, listen, make_log, run_command
 from superlance.options import (
-    COMMON_OPTIONS, Given, Option, Rate, UsageError, parse_count, parse_rate, parse_size, parse_time,
-    run_script, without_password)
+    COMMON_OPTIONS,
+    Given,
+    Option,
+    Rate,
+    UsageError,
+    parse_count,
+    parse_rate,
+    parse_size,
+    parse_time,
+    run_script,
+    without_password,
+)
 from superlance.processes import (
-    CALL_TIMEOUT_SECONDS, DRY_RUN, EVERY, RESTARTED, STOPPING, SUBJECTS, CantTell, Name, NameCheck, Outcome, Process,
-    Refused, Restarter, Supervisor, find_supervisor, find_unmatched, parse_name)
+    CALL_TIMEOUT_SECONDS,
+    DRY_RUN,
+    EVERY,
+    RESTARTED,
+    STOPPING,
+    SUBJECTS,
+    CantTell,
+    Name,
+    NameCheck,
+    Outcome,
+    Process,
+    Refused,
+    Restarter,
+    Supervisor,
+    find_supervisor,
+    find_unmatched,
+    parse_name,
+)
 
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
 PS_TIMEOUT_SECONDS = 10
@@ -74,11 +100,10 @@ class Limit(NamedTuple):
     size_bytes: int
 
 
-def _split_size(text: str, meaning: str) -> Tuple[str, int]:
+def _split_size(text: str, meaning: str) -> tuple[str, int]:
     name, equals, size = text.rpartition('=')
     if not (equals and name):
-        raise ValueError('%r has no %s; write %s=SIZE, as in %s=200MB'
-                         % (text, 'name' if equals else 'size', meaning, meaning.lower()))
+        raise ValueError('{!r} has no {}; write {}=SIZE, as in {}=200MB'.format(text, 'name' if equals else 'size', meaning, meaning.lower()))
     return name, parse_size(size)
 
 
@@ -92,7 +117,7 @@ def parse_group_limit(text: str) -> Limit:
     """Return the Limit for `group=SIZE`."""
     group, size_bytes = _split_size(text, 'GROUP')
     if ':' in group or not group.strip():
-        raise ValueError("%r is not a group's name; write GROUP=SIZE, as in group=200MB" % group)
+        raise ValueError(f"{group!r} is not a group's name; write GROUP=SIZE, as in group=200MB")
     return Limit(Name(group.strip(), None), size_bytes)
 
 
@@ -111,23 +136,23 @@ OPTIONS = (
 
 
 class Options(NamedTuple):
-    limits: Tuple[Limit, ...]
+    limits: tuple[Limit, ...]
     cumulative: bool
-    uptime_seconds: Optional[float]
-    name: Optional[str]
+    uptime_seconds: float | None
+    name: str | None
     samples: int
-    max_restarts: Optional[Rate]
+    max_restarts: Rate | None
     dry_run: bool
     verbose: bool
     mail: mail.Settings
     once: bool
-    configuration: Optional[str]
+    configuration: str | None
 
 
-def build_options(given: Given, arguments: List[str]) -> Options:
+def build_options(given: Given, arguments: list[str]) -> Options:
     """Return the Options for what was given. Raises UsageError."""
     if arguments:
-        raise UsageError('unexpected argument %r; memmon takes options only' % without_password(arguments[0]))
+        raise UsageError(f'unexpected argument {without_password(arguments[0])!r}; memmon takes options only')
     limits = given.all('program') + given.all('groupname')
     limits += [Limit(EVERY, size_bytes) for size_bytes in given.all('any')]
     if not limits:
@@ -155,7 +180,7 @@ class Usage(NamedTuple):
     rss_bytes: int
 
 
-def parse_ps(output: str) -> Dict[int, Usage]:
+def parse_ps(output: str) -> dict[int, Usage]:
     """Return the Usage by pid from lines of pid, parent pid and RSS in KiB. Raises CantTell."""
     usages = {}
     for line in output.splitlines():
@@ -163,14 +188,14 @@ def parse_ps(output: str) -> Dict[int, Usage]:
         if not numbers:
             continue
         if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
-            raise CantTell('ps printed %r where pid, parent pid and RSS were asked for' % line[:80])
+            raise CantTell(f'ps printed {line[:80]!r} where pid, parent pid and RSS were asked for')
         usages[int(numbers[0])] = Usage(int(numbers[1]), int(numbers[2]) * 1024)
     if not usages:
         raise CantTell('ps printed no process')
     return usages
 
 
-def run_ps() -> Dict[int, Usage]:
+def run_ps() -> dict[int, Usage]:
     """Ask ps. Three -o, since on the BSDs a header's text runs to the end of its argument."""
     deadline = time.monotonic() + PS_TIMEOUT_SECONDS
     try:
@@ -180,14 +205,14 @@ def run_ps() -> Dict[int, Usage]:
     return parse_ps(output.decode('ascii', 'replace'))
 
 
-def read_proc() -> Dict[int, Usage]:
+def read_proc() -> dict[int, Usage]:
     """Read Linux's /proc: the 4th and 24th field of each stat (proc(5)). Raises CantTell."""
     page_bytes = os.sysconf('SC_PAGE_SIZE')
     usages = {}
     try:
         pids = [int(name) for name in os.listdir('/proc') if name.isdecimal()]
     except OSError as why:
-        raise CantTell('/proc: %s' % why.strerror)
+        raise CantTell(f'/proc: {why.strerror}')
     for pid in pids:
         try:
             with open('/proc/%d/stat' % pid, 'rb') as file:
@@ -207,19 +232,19 @@ class MemoryReader:
         self._log = log
         self._read = run_ps
 
-    def __call__(self) -> Dict[int, Usage]:
+    def __call__(self) -> dict[int, Usage]:
         """Return the Usage by pid. Raises CantTell."""
         try:
             return self._read()
         except CantTell as why:
             if self._read is read_proc or not os.path.exists('/proc/self/stat'):
                 raise
-            self._log('%s; memory is read from /proc from now on' % why)
+            self._log(f'{why}; memory is read from /proc from now on')
             self._read = read_proc
             return self._read()
 
 
-def sum_descendants(usages: Mapping[int, Usage]) -> Dict[int, int]:
+def sum_descendants(usages: Mapping[int, Usage]) -> dict[int, int]:
     """Return by pid the bytes that a process and all its descendants hold.
 
     From the leaves upwards, each process once. A ps that ran while pids were reused can show a
@@ -241,14 +266,14 @@ def sum_descendants(usages: Mapping[int, Usage]) -> Dict[int, int]:
     return totals
 
 
-def measure(usages: Mapping[int, Usage], cumulative: bool) -> Dict[int, int]:
+def measure(usages: Mapping[int, Usage], cumulative: bool) -> dict[int, int]:
     """Return by pid the bytes that count against a limit."""
     return sum_descendants(usages) if cumulative else {pid: usage.rss_bytes for pid, usage in usages.items()}
 
 
 # Judge.
 
-def find_limit(limits: Iterable[Limit], group: str, program: str) -> Optional[int]:
+def find_limit(limits: Iterable[Limit], group: str, program: str) -> int | None:
     """Return the bytes that a process may hold: the most specific limit, the last of equals."""
     matching = [limit for limit in limits if limit.name.means(group, program)]
     if not matching:
@@ -261,10 +286,10 @@ def find_limit(limits: Iterable[Limit], group: str, program: str) -> Optional[in
 OVER = 'over its limit: would be restarted'
 
 
-def judge(process: Process, held_bytes: Optional[int], limit_bytes: Optional[int]) -> str:
+def judge(process: Process, held_bytes: int | None, limit_bytes: int | None) -> str:
     """Return the verdict on a process: OVER, or in words why it is left alone."""
     if not process.pid:
-        return 'not running (%s)' % process.state_name
+        return f'not running ({process.state_name})'
     if held_bytes is None:
         return 'unable to see its memory'   # /proc may be mounted with hidepid
     if limit_bytes is None:
@@ -278,15 +303,15 @@ def format_size(size_bytes: int) -> str:
     """Return bytes as people read them."""
     for unit, factor in (('GB', 1024 ** 3), ('MB', 1024 ** 2), ('KB', 1024)):
         if size_bytes >= factor:
-            return '%.1f%s' % (size_bytes / factor, unit)
+            return f'{size_bytes / factor:.1f}{unit}'
     return '%dB' % size_bytes
 
 
-def describe(held_bytes: int, limit_bytes: Optional[int]) -> str:
+def describe(held_bytes: int, limit_bytes: int | None) -> str:
     """Return what a process holds beside its limit, in words."""
     if limit_bytes is None:
-        return '%s, and no limit' % format_size(held_bytes)
-    return '%s, %s its limit of %s' % (
+        return f'{format_size(held_bytes)}, and no limit'
+    return '{}, {} its limit of {}'.format(
         format_size(held_bytes), 'over' if held_bytes > limit_bytes else 'within', format_size(limit_bytes))
 
 
@@ -309,10 +334,10 @@ class Memmon:
         self._smallest_bytes = min(limit.size_bytes for limit in options.limits)
         # What (pid, parent pid) may hold before supervisord has to be asked about it; None: it's not
         # supervisord's, or nothing limits it.
-        self._known: Dict[Tuple[int, int], Optional[int]] = {}
+        self._known: dict[tuple[int, int], int | None] = {}
         self._known_since = time.monotonic()
-        self._samples: Dict[Tuple[str, int], int] = {}
-        self._reasons: Dict[Process, str] = {}
+        self._samples: dict[tuple[str, int], int] = {}
+        self._reasons: dict[Process, str] = {}
         self._server = ''
 
     def handle(self, event: Event) -> None:
@@ -325,7 +350,7 @@ class Memmon:
         try:
             self._check()
         except (CantTell, Refused) as why:
-            self._log('unable to check memory: %s' % why)
+            self._log(f'unable to check memory: {why}')
 
     def finish(self) -> None:
         self._restarter.retry()
@@ -355,7 +380,7 @@ class Memmon:
                     return True
         return False
 
-    def _find_over(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> Dict[Process, str]:
+    def _find_over(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> dict[Process, str]:
         """Ask supervisord; return which of its processes are over their limits, and why."""
         # Mostly what is over the limit is foreign, and supervisord is not asked again for an hour.
         processes = (self._supervisor.get_processes() if self._options.verbose
@@ -383,7 +408,7 @@ class Memmon:
 
     def _tell(self, outcome: Outcome) -> None:
         reason = self._reasons.get(outcome.process)
-        line = '%s (%s)' % (outcome.text, reason) if reason else outcome.text
+        line = f'{outcome.text} ({reason})' if reason else outcome.text
         self._log(line)
         process, uptime_seconds = outcome.process, self._options.uptime_seconds
         if outcome.result not in SUBJECTS:
@@ -391,9 +416,9 @@ class Memmon:
         if outcome.result in (RESTARTED, DRY_RUN) and uptime_seconds is not None \
                 and process.uptime_seconds > uptime_seconds:
             return
-        program = 'memmon [%s]' % self._options.name if self._options.name else 'memmon'
+        program = f'memmon [{self._options.name}]' if self._options.name else 'memmon'
         self._outbox.put(
-            '%s: %s' % (program, SUBJECTS[outcome.result] % process.title),
+            f'{program}: {SUBJECTS[outcome.result] % process.title}',
             '%s\n\nIt is program %s of group %s and had run for %d s.\n'
             % (line, process.program, process.group, process.uptime_seconds), self._server)
 
@@ -415,7 +440,7 @@ def look_once(options: Options, environment: Mapping[str, str]) -> int:
         processes = supervisor.get_processes()
         held = measure(MemoryReader(log)(), options.cumulative)
     except (CantTell, Refused) as why:
-        log('unable to check memory: %s' % why)
+        log(f'unable to check memory: {why}')
         return 1
     rows = [('GROUP', 'PROCESS', 'PID', 'MEMORY', 'LIMIT', 'VERDICT')]
     for process in processes:
@@ -439,7 +464,7 @@ def run(options: Options) -> int:
     return listen('memmon', memmon.handle, memmon.finish)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return run_script('memmon', __doc__, OPTIONS, build_options, run, argv)
 
 

@@ -11,7 +11,7 @@ import io
 import os
 import re
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 from superlance import __version__
 from superlance.listener import one_line
@@ -41,25 +41,25 @@ class Option(NamedTuple):
 
     letter: str
     name: str
-    read: Optional[Callable[[str], Any]] = None
+    read: Callable[[str], Any] | None = None
 
 
 class Given:
     """The options that were given, by their long names."""
 
     def __init__(self) -> None:
-        self._values: Dict[str, List[Any]] = {}
+        self._values: dict[str, list[Any]] = {}
 
     def add(self, name: str, value: Any) -> None:
         self._values[name] = self._values.pop(name, []) + [value]  # the last given is the last in the dictionary
 
-    def all(self, name: str) -> List[Any]:
+    def all(self, name: str) -> list[Any]:
         return self._values.get(name, [])
 
     def last(self, name: str, default: Any = None) -> Any:
         return self.all(name)[-1] if name in self else default
 
-    def latest(self, *names: str) -> Optional[str]:
+    def latest(self, *names: str) -> str | None:
         """Return which of these options stands last, None if there is none of them."""
         return next((name for name in reversed(self._values) if name in names), None)
 
@@ -67,7 +67,7 @@ class Given:
         return name in self._values
 
 
-def read_argv(argv: Sequence[str], table: Sequence[Option]) -> Tuple[Given, List[str]]:
+def read_argv(argv: Sequence[str], table: Sequence[Option]) -> tuple[Given, list[str]]:
     """Return the options in argv and the arguments that are none. Raises UsageError."""
     letters = ''.join(o.letter + (':' if o.read else '') for o in table if o.letter)
     names = [o.name + ('=' if o.read else '') for o in table]
@@ -84,13 +84,13 @@ def read_argv(argv: Sequence[str], table: Sequence[Option]) -> Tuple[Given, List
         try:
             given.add(option.name, option.read(text))
         except ValueError as why:
-            raise UsageError('option %s: %s' % (flag, why))
+            raise UsageError(f'option {flag}: {why}')
     return given, arguments
 
 
 def run_script(program: str, usage: str, table: Sequence[Option],
-               build: Callable[[Given, List[str]], Any], run: Callable[[Any], int],
-               argv: Optional[Sequence[str]]) -> int:
+               build: Callable[[Given, list[str]], Any], run: Callable[[Any], int],
+               argv: Sequence[str] | None) -> int:
     """Read a command line, run what it asks for and return the exit status.
 
     build makes the script's own options of those given; it and run may raise UsageError.
@@ -115,7 +115,7 @@ def run_script(program: str, usage: str, table: Sequence[Option],
         sys.stdout.flush()
         return status
     except UsageError as why:
-        sys.stderr.write("%s: %s; try '%s --help'\n" % (program, one_line(why), program))
+        sys.stderr.write(f"{program}: {one_line(why)}; try '{program} --help'\n")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -123,7 +123,7 @@ def run_script(program: str, usage: str, table: Sequence[Option],
         if why.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         if why.errno == errno.ENOSPC:
-            sys.stderr.write('%s: unable to write to stdout: %s\n' % (program, why.strerror))
+            sys.stderr.write(f'{program}: unable to write to stdout: {why.strerror}\n')
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what was printed can't be, at the exit neither
         return 1
 
@@ -155,14 +155,14 @@ def _parse_number(text: str, number: str, complaint: str) -> float:
     number = number.strip()
     digits = number.replace('.', '', 1)
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 15:
-        raise ValueError('%r %s' % (text, complaint))
+        raise ValueError(f'{text!r} {complaint}')
     return float(number)
 
 
 def parse_count(text: str) -> int:
     """Return a whole number from 1. Raises ValueError."""
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
-        raise ValueError('%r is not a count; write a whole number from 1' % text)
+        raise ValueError(f'{text!r} is not a count; write a whole number from 1')
     return int(text)
 
 
@@ -170,7 +170,7 @@ def parse_timeout(text: str) -> float:
     """Return seconds, more than none. Raises ValueError."""
     seconds = parse_time(text)
     if seconds <= 0:
-        raise ValueError('%r is no time to wait; write more than 0 seconds' % text)
+        raise ValueError(f'{text!r} is no time to wait; write more than 0 seconds')
     return seconds
 
 
@@ -185,19 +185,19 @@ def parse_rate(text: str) -> Rate:
     """Return the Rate for `3/1h`. Raises ValueError."""
     times, slash, period = text.partition('/')
     if not slash:
-        raise ValueError('%r is not a number within a time; write N/TIME, as in 3/1h' % text)
+        raise ValueError(f'{text!r} is not a number within a time; write N/TIME, as in 3/1h')
     return Rate(parse_count(times), parse_timeout(period))
 
 
-def parse_addresses(text: str) -> Tuple[str, ...]:
+def parse_addresses(text: str) -> tuple[str, ...]:
     """Return the mail addresses in a text that may hold several with commas. Raises ValueError."""
     # A comma parts two addresses where an even number of quotes follows it.
     addresses = tuple(part.strip() for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*\Z)', text))
     for address in addresses:
         # email.message would decode an encoded word (RFC 2047), to a line end even.
         if not (address.isprintable() and re.fullmatch(MAILBOX, address, re.ASCII)) or '=?' in address:
-            raise ValueError('%r is not a mail address; write one, as in bob@example.com, '
-                             'or several with commas' % text)
+            raise ValueError(f'{text!r} is not a mail address; write one, as in bob@example.com, '
+                             'or several with commas')
     return addresses
 
 
@@ -205,7 +205,7 @@ def parse_address(text: str) -> str:
     """Return the one mail address in text. Raises ValueError."""
     addresses = parse_addresses(text)
     if len(addresses) != 1:
-        raise ValueError('%r is more than one mail address' % text)
+        raise ValueError(f'{text!r} is more than one mail address')
     return addresses[0]
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from superlance.listener import Event, Log, parse_tokens, uninterrupted
 from superlance.options import Rate, UsageError, without_password
@@ -58,7 +58,7 @@ class Process(NamedTuple):
     @property
     def namespec(self) -> str:
         """The name that means this process to supervisord."""
-        return '%s:%s' % (self.group, self.program)
+        return f'{self.group}:{self.program}'
 
     @property
     def title(self) -> str:
@@ -73,8 +73,8 @@ class Process(NamedTuple):
 class Name(NamedTuple):
     """What -p names: a program in any group, in one group, or all of a group."""
 
-    group: Optional[str]
-    program: Optional[str]
+    group: str | None
+    program: str | None
 
     def means(self, group: str, program: str) -> bool:
         return self.group in (None, group) and self.program in (None, program)
@@ -93,10 +93,10 @@ def parse_name(text: str) -> Name:
         return Name(None, parts[0])
     if len(parts) == 2 and parts[0]:
         return Name(parts[0], None if parts[1] in ('', '*') else parts[1])
-    raise ValueError('%r is not a process name; write program, group:program or group:*' % text)
+    raise ValueError(f'{text!r} is not a process name; write program, group:program or group:*')
 
 
-def find_unmatched(names: Iterable[Name], processes: Iterable[Process]) -> List[str]:
+def find_unmatched(names: Iterable[Name], processes: Iterable[Process]) -> list[str]:
     """Return a line for each name that means no process; EVERY may."""
     known = [(p.group, p.program) for p in processes]
     lines = []
@@ -104,8 +104,8 @@ def find_unmatched(names: Iterable[Name], processes: Iterable[Process]) -> List[
         if name != EVERY and not any(name.means(*pair) for pair in known):
             hint = ''
             if name.group is None and any(group == name.program for group, _ in known):
-                hint = '; there is a group of that name: for all its processes, write %s:*' % name.program
-            lines.append('no process is called %s%s' % (name, hint))
+                hint = f'; there is a group of that name: for all its processes, write {name.program}:*'
+            lines.append(f'no process is called {name}{hint}')
     return lines
 
 
@@ -126,6 +126,7 @@ class Supervisor:
         from urllib.parse import urlsplit
         from xml.parsers.expat import ExpatError
         from xmlrpc.client import Error, Fault, ProtocolError
+
         from supervisor.childutils import getRPCInterface
         from supervisor.xmlrpc import Faults, getFaultDescription
 
@@ -144,41 +145,41 @@ class Supervisor:
                 proxy('close')()
         except Fault as why:
             if why.faultCode == Faults.UNKNOWN_METHOD:
-                raise CantTell('supervisord at %s has no interface for this: supervisord.conf needs an '
-                               '[rpcinterface:supervisor] section' % shown)
+                raise CantTell(f'supervisord at {shown} has no interface for this: supervisord.conf needs an '
+                               '[rpcinterface:supervisor] section')
             raise Refused(getFaultDescription(why.faultCode), why.faultString)
         except ProtocolError as why:
             if why.errcode == 401:
-                raise CantTell('supervisord at %s asks for a user name and password (401): set '
+                raise CantTell(f'supervisord at {shown} asks for a user name and password (401): set '
                                'SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD by environment= in the '
-                               "listener's section, or for --once username and password in [supervisorctl]" % shown)
-            raise CantTell('supervisord at %s answers %s to %s: %s' % (shown, why.errcode, method, why.errmsg))
+                               "listener's section, or for --once username and password in [supervisorctl]")
+            raise CantTell(f'supervisord at {shown} answers {why.errcode} to {method}: {why.errmsg}')
         except PermissionError:
             raise CantTell("supervisord's socket %s may not be opened by user %d: see chmod and chown in "
                            '[unix_http_server], or user in the listener\'s section' % (shown, os.getuid()))
         except (OSError, HTTPException, ExpatError, Error, ValueError) as why:
             # Where the URL has a password, the text may hold a piece of it.
             reason = getattr(why, 'strerror', None) or (str(why) if shown == url else '') or type(why).__name__
-            raise CantTell('supervisord at %s does not answer %s: %s' % (shown, method, reason))
+            raise CantTell(f'supervisord at {shown} does not answer {method}: {reason}')
 
-    def get_processes(self) -> List[Process]:
+    def get_processes(self) -> list[Process]:
         return [make_process(info) for info in self.call('getAllProcessInfo')]
 
-    def get_processes_in_child(self, timeout_seconds: int) -> List[Process]:
+    def get_processes_in_child(self, timeout_seconds: int) -> list[Process]:
         """Return what get_processes does; its imports cost 15 MB, which a child takes with it when it ends.
 
         This is for a listener that may never need supervisord again.
         """
         if 'supervisor.childutils' in sys.modules:
             return self.get_processes()  # they are paid for
-        pipe_ends: Tuple[int, ...] = ()
+        pipe_ends: tuple[int, ...] = ()
         try:
             reader, writer = pipe_ends = os.pipe()
             child = os.fork()
         except OSError as why:
             for fd in pipe_ends:
                 os.close(fd)
-            raise CantTell('unable to start a process that asks supervisord: %s' % why.strerror)
+            raise CantTell(f'unable to start a process that asks supervisord: {why.strerror}')
         if not child:
             self._answer_in_child(writer, timeout_seconds)  # pragma: no cover  coverage loses this frame at the fork
         os.close(writer)
@@ -199,7 +200,7 @@ class Supervisor:
         try:
             signal.alarm(timeout_seconds)
             try:
-                answer: Tuple[List[Tuple[Any, ...]], str] = [tuple(process) for process in self.get_processes()], ''
+                answer: tuple[list[tuple[Any, ...]], str] = [tuple(process) for process in self.get_processes()], ''
             except (CantTell, Refused) as why:
                 answer = [], str(why)
             with os.fdopen(writer, 'wb') as pipe:
@@ -214,7 +215,7 @@ class Supervisor:
         return make_process(self.call('getProcessInfo', namespec))
 
 
-def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]) -> Supervisor:
+def find_supervisor(configuration: str | None, environment: Mapping[str, str]) -> Supervisor:
     """Return the Supervisor for a look by hand: that of a configuration file if one is named,
     that whose environment this is, or the one that supervisorctl would talk to.
 
@@ -224,6 +225,7 @@ def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]
         return Supervisor(environment)
     import io
     from configparser import Error
+
     from supervisor.options import ClientOptions
 
     client = ClientOptions()
@@ -233,8 +235,8 @@ def find_supervisor(configuration: Optional[str], environment: Mapping[str, str]
     except (SystemExit, Error) as why:
         reason = str(why) if isinstance(why, Error) else client.stderr.getvalue().partition('\n')[0]
         if configuration:
-            raise UsageError('option --configuration: %s' % reason)
-        raise UsageError('%s: %s; name another file by --configuration' % (client.configfile, reason))
+            raise UsageError(f'option --configuration: {reason}')
+        raise UsageError(f'{client.configfile}: {reason}; name another file by --configuration')
     section = client.configroot.supervisorctl
     return Supervisor({'SUPERVISOR_SERVER_URL': section.serverurl or 'http://localhost:9001',
                        'SUPERVISOR_USERNAME': section.username or '',
@@ -319,7 +321,7 @@ LEAVE = 'leave'
 UNTOUCHED = 'untouched'
 
 
-def judge_stopped(judged: Process, current: Process, failed_start: Optional[int] = None) -> str:
+def judge_stopped(judged: Process, current: Process, failed_start: int | None = None) -> str:
     """Return what to do about a process that was stopped here, from what it is now.
 
     A start time other than the judged one means that it has been started since, by a
@@ -344,8 +346,8 @@ class Down:
 
     def __init__(self, judged: Process) -> None:
         self.judged = judged
-        self.failed_start: Optional[int] = None
-        self.told: Set[str] = set()
+        self.failed_start: int | None = None
+        self.told: set[str] = set()
         self.counted = False    # among the restarts that --max-restarts limits
 
 
@@ -356,7 +358,7 @@ class Restarter:
     """
 
     def __init__(self, supervisor: Supervisor, tell: Callable[[Outcome], None],
-                 limit: Optional[Rate] = None, dry_run: bool = False,
+                 limit: Rate | None = None, dry_run: bool = False,
                  sleep: Callable[[float], None] = time.sleep,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._supervisor = supervisor
@@ -365,10 +367,10 @@ class Restarter:
         self._dry_run = dry_run
         self._sleep = sleep
         self._clock = clock
-        self._down: Dict[str, Down] = {}
-        self._restarts: Dict[str, Deque[float]] = {}
-        self._held_back: Set[str] = set()
-        self._dry_runs: Set[Tuple[str, int]] = set()
+        self._down: dict[str, Down] = {}
+        self._restarts: dict[str, deque[float]] = {}
+        self._held_back: set[str] = set()
+        self._dry_runs: set[tuple[str, int]] = set()
         self._last_end = 0.0
 
     def is_stale(self, tick: Event) -> bool:
@@ -379,7 +381,7 @@ class Restarter:
         when = parse_tokens(tick.payload).get('when', '').strip()
         return when.isdecimal() and len(when) < 20 and int(when) < int(self._last_end) <= time.time()
 
-    def restart(self, judged: Process, prepare: Optional[Callable[[Process], None]] = None) -> None:
+    def restart(self, judged: Process, prepare: Callable[[Process], None] | None = None) -> None:
         """Stop the process and start it again; in a dry run, say so once for each process and pid.
 
         prepare is called where the process is really going to be stopped, and may be interrupted.
@@ -388,7 +390,7 @@ class Restarter:
             return
         if self._dry_run:
             self._dry_runs.add((judged.namespec, judged.pid))
-            self._finish(Outcome(judged, DRY_RUN, 'dry run: would have restarted %s' % judged.title))
+            self._finish(Outcome(judged, DRY_RUN, f'dry run: would have restarted {judged.title}'))
             return
         if prepare:
             changed = self._find_change(judged)
@@ -446,7 +448,7 @@ class Restarter:
                    times[0] + self._limit.seconds - self._clock() + 1))))
         return True
 
-    def _find_change(self, judged: Process) -> Optional[Outcome]:
+    def _find_change(self, judged: Process) -> Outcome | None:
         """Return why a process must not be stopped, None if it still is the one that was judged."""
         try:
             current = self._supervisor.get_process(judged.namespec)
@@ -515,7 +517,7 @@ class Restarter:
             if todo == RUNS:
                 return self._settle(down, RESTARTED)
             if todo == LEAVE:
-                return self._settle(down, LEFT_ALONE, 'it is %s by now' % current.state_name)
+                return self._settle(down, LEFT_ALONE, f'it is {current.state_name} by now')
             if todo == UNTOUCHED:
                 if not trouble:
                     return self._settle(down, STOP_FAILED)

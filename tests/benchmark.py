@@ -38,7 +38,7 @@ from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean, median
-from typing import IO, Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import IO, Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
@@ -66,9 +66,9 @@ class Row(NamedTuple):
     what: str
     old: float
     new: float
-    floor: Optional[float] = None
-    to_old: Optional[Goal] = None
-    to_floor: Optional[Goal] = None
+    floor: float | None = None
+    to_old: Goal | None = None
+    to_floor: Goal | None = None
 
 
 def at_most(figure: float) -> Goal:
@@ -79,25 +79,25 @@ def at_least(figure: float) -> Goal:
     return Goal('>=', figure)
 
 
-def make_row(what: str, found: Sequence[Sequence[float]], to_old: Optional[Goal] = None) -> Row:
+def make_row(what: str, found: Sequence[Sequence[float]], to_old: Goal | None = None) -> Row:
     """Return the row of the medians of 2.0.0, of this package and perhaps of the floor, from tuples of these."""
     old, new, *floor = [median(column) for column in zip(*found)]
     return Row(what, old, new, floor[0] if floor else None, to_old)
 
 
-def format_ratio(value: float, base: Optional[float], goal: Optional[Goal]) -> str:
+def format_ratio(value: float, base: float | None, goal: Goal | None) -> str:
     if not base:
         return ''
     ratio = value / base
     if goal is None:
-        return '%.3f' % ratio
+        return f'{ratio:.3f}'
     reached = ratio <= goal.figure if goal.sense == '<=' else ratio >= goal.figure
-    return '%.3f (%s %g)%s' % (ratio, goal.sense, goal.figure, '' if reached else ' !')
+    return '{:.3f} ({} {:g}){}'.format(ratio, goal.sense, goal.figure, '' if reached else ' !')
 
 
 def print_table(rows: Sequence[Row]) -> None:
     table = [('', '2.0.0', 'this', 'floor', 'this / 2.0.0', 'this / floor')]
-    table += [(row.what, '%.1f' % row.old, '%.1f' % row.new, '' if row.floor is None else '%.1f' % row.floor,
+    table += [(row.what, f'{row.old:.1f}', f'{row.new:.1f}', '' if row.floor is None else f'{row.floor:.1f}',
                format_ratio(row.new, row.old, row.to_old), format_ratio(row.new, row.floor, row.to_floor))
               for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -129,7 +129,7 @@ def install(folder: Path, *requirements: str) -> Path:
     return commands
 
 
-def install_both(folder: Path) -> Tuple[Path, Path]:
+def install_both(folder: Path) -> tuple[Path, Path]:
     """Return the commands' folders of superlance 2.0.0 and of this checkout."""
     old = install(folder / 'old', 'superlance==2.0.0', 'supervisor')
     version = subprocess.run([str(old / 'supervisord'), '--version'], check=True, stdout=subprocess.PIPE).stdout
@@ -174,7 +174,7 @@ class Supervisord:
         log = self.folder / 'log'
         return log.read_text('utf-8').count(text) if log.exists() else 0
 
-    def program_pids(self) -> List[int]:
+    def program_pids(self) -> list[int]:
         """Return the pids of the programs, in the order of their starts."""
         log = (self.folder / 'log').read_text('utf-8')
         return [int(pid) for pid in re.findall(r"spawned: 'p\d+' with pid (\d+)", log)]
@@ -248,7 +248,7 @@ class Listener:
             got += chunk
         if got != expected:
             self._log.seek(0)
-            raise RuntimeError('%r where %r was expected; the log: %s' % (
+            raise RuntimeError('{!r} where {!r} was expected; the log: {}'.format(
                 got, expected, self._log.read().decode('utf-8', 'replace')))
 
 
@@ -284,7 +284,7 @@ class Ticks:
     def __init__(self, listener: Listener, supervisord: Supervisord) -> None:
         self._listener = listener
         self._supervisord = supervisord
-        self._walls: List[float] = []
+        self._walls: list[float] = []
         self._cpu_start = read_cpu_seconds(listener.pid)
         self._supervisord_cpu = 0.0
 
@@ -311,7 +311,7 @@ def own_cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def run_ps() -> Tuple[float, float]:
+def run_ps() -> tuple[float, float]:
     """Run the bare ps and return the ms that it took, wall and CPU."""
     cpu_start, start = own_cpu_seconds(), time.perf_counter()
     subprocess.run(PS, env=dict(os.environ, LC_ALL='C'), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
@@ -319,7 +319,7 @@ def run_ps() -> Tuple[float, float]:
 
 
 def measure_ticks(old: Path, new: Path, supervisord: Supervisord, what: str, options: Sequence[str],
-                  repetitions: int, old_repetitions: int, goals: bool) -> List[Row]:
+                  repetitions: int, old_repetitions: int, goals: bool) -> list[Row]:
     """Return the rows for wall, listener's CPU and supervisord's CPU."""
     with listening(supervisord.url, old, 'memmon', *options) as old_listener, \
             listening(supervisord.url, new, 'memmon', *options) as new_listener:
@@ -333,7 +333,7 @@ def measure_ticks(old: Path, new: Path, supervisord: Supervisord, what: str, opt
                 old_ticks.tick()
         floor_walls, floor_cpus = zip(*floor)
         return [
-            Row('tick, %s: ms' % what, old_ticks.wall, new_ticks.wall, median(floor_walls),
+            Row(f'tick, {what}: ms', old_ticks.wall, new_ticks.wall, median(floor_walls),
                 at_most(1 / 40) if goals else None, at_most(1.6) if goals else None),
             Row('  CPU', old_ticks.cpu, new_ticks.cpu, mean(floor_cpus)),
             Row("  supervisord's CPU", old_ticks.supervisord_cpu, new_ticks.supervisord_cpu)]
@@ -352,12 +352,12 @@ def foreign_processes() -> Iterator[None]:
         yield
 
 
-def measure_memmon(old: Path, new: Path) -> List[Row]:
+def measure_memmon(old: Path, new: Path) -> list[Row]:
     rows = []
-    walls: Dict[int, Row] = {}
+    walls: dict[int, Row] = {}
     for programs, repetitions, old_repetitions in ((10, 40, 4), (50, 60, 3), (100, 60, 3), (400, 60, 1)):
         with supervising(old, programs) as supervisord:
-            def measure(what: str, *options: str) -> List[Row]:
+            def measure(what: str, *options: str) -> list[Row]:
                 return measure_ticks(old, new, supervisord, '%d processes%s' % (programs, what), options,
                                      repetitions, old_repetitions, goals=programs == 100)
             found = measure('', '-a', '1GB')
@@ -392,7 +392,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[Tuple[str, Callable[[], None]]]:
+def serving() -> Iterator[tuple[str, Callable[[], None]]]:
     """Serve HTTP on loopback; yields the URL, and what lets the server hang: still connected to, never answering."""
     with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -404,7 +404,7 @@ def serving() -> Iterator[Tuple[str, Callable[[], None]]]:
             thread.join()
 
 
-def measure_resident(url: str, events: Sequence[Tuple[str, str]], commands: Path, program: str,
+def measure_resident(url: str, events: Sequence[tuple[str, str]], commands: Path, program: str,
                      *options: str) -> float:
     """Return the MB that a listener holds after these events."""
     with listening(url, commands, program, *options) as listener:
@@ -422,12 +422,12 @@ def measure_sleeping_python(python: Path) -> float:
         return read_resident_mb(process.pid)
 
 
-def measure_memory(old: Path, new: Path, supervisord: Supervisord, web: str) -> List[Row]:
-    def measure(what: str, figure: Optional[float], events: Sequence[Tuple[str, str]], *command: str) -> Row:
+def measure_memory(old: Path, new: Path, supervisord: Supervisord, web: str) -> list[Row]:
+    def measure(what: str, figure: float | None, events: Sequence[tuple[str, str]], *command: str) -> Row:
         found = [(measure_resident(supervisord.url, events, old, *command),
                   measure_resident(supervisord.url, events, new, *command),
                   measure_sleeping_python(new / 'python')) for _ in range(3)]
-        return make_row('memory, %s: MB' % what, found, at_most(figure) if figure else None)
+        return make_row(f'memory, {what}: MB', found, at_most(figure) if figure else None)
 
     mail = (*MAIL, READ_MAIL)
     rows = [
@@ -453,14 +453,14 @@ def measure_idle_python(python: Path) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def measure_starts(old: Path, new: Path, supervisord: Supervisord, web: str) -> List[Row]:
+def measure_starts(old: Path, new: Path, supervisord: Supervisord, web: str) -> list[Row]:
     cases = ((0.65, ('memmon', '-a', '200MB', *MAIL, READ_MAIL)), (0.65, ('crashmail', '-a', *MAIL, READ_MAIL)),
              (0.9, ('httpok', '-p', 'p:p0', *MAIL, READ_MAIL, web)))
     rows = []
     for figure, command in cases:
         found = [(measure_start(supervisord.url, old, *command), measure_start(supervisord.url, new, *command),
                   measure_idle_python(new / 'python')) for _ in range(12)]
-        rows.append(make_row('ready, %s: ms' % command[0], found, at_most(figure)))
+        rows.append(make_row(f'ready, {command[0]}: ms', found, at_most(figure)))
     return rows
 
 
@@ -475,12 +475,12 @@ def measure_crash_rate(url: str, commands: Path) -> float:
         return STORM_PROGRAMS / (time.perf_counter() - start)
 
 
-def measure_crash_rates(old: Path, new: Path, supervisord: Supervisord) -> List[Row]:
+def measure_crash_rates(old: Path, new: Path, supervisord: Supervisord) -> list[Row]:
     found = [(measure_crash_rate(supervisord.url, old), measure_crash_rate(supervisord.url, new)) for _ in range(2)]
     return [make_row('crashes acknowledged a second', found, at_least(20))]
 
 
-def raise_storm(commands: Path, buffer_size: int) -> Tuple[int, int]:
+def raise_storm(commands: Path, buffer_size: int) -> tuple[int, int]:
     """Let the programs of a supervisord die; return the crashes mailed and the events thrown away."""
     listener = '''
 [eventlistener:crashmail]
@@ -509,7 +509,7 @@ stopsignal=KILL
         return count_mailed(), count_discarded()
 
 
-def measure_storms(old: Path, new: Path) -> List[Row]:
+def measure_storms(old: Path, new: Path) -> list[Row]:
     rows = []
     for buffer_size in (10, 1000):
         old_mailed, old_discarded = raise_storm(old, buffer_size)
@@ -540,12 +540,12 @@ def measure_restart(commands: Path, supervisord: Supervisord) -> float:
         return 1000 * seconds
 
 
-def measure_restarts(old: Path, new: Path, supervisord: Supervisord) -> List[Row]:
+def measure_restarts(old: Path, new: Path, supervisord: Supervisord) -> list[Row]:
     found = [(measure_restart(old, supervisord), measure_restart(new, supervisord)) for _ in range(3)]
     return [make_row('httpok, restart beyond the timeout: ms', found)]
 
 
-def measure_all(folder: Path) -> List[Row]:
+def measure_all(folder: Path) -> list[Row]:
     def say(what: str) -> None:
         sys.stderr.write('%3d s: %s\n' % (time.monotonic() - start, what))
 

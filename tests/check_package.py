@@ -10,13 +10,12 @@ import tarfile
 import tempfile
 import venv
 from pathlib import Path
-from typing import Union
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ('httpok', 'crashmail', 'memmon')
 
 
-def run(*command: Union[str, Path], folder: Path = ROOT) -> str:
+def run(*command: str | Path, folder: Path = ROOT) -> str:
     print('+', *command, flush=True)
     done = subprocess.run([str(word) for word in command], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, end='', flush=True)
@@ -28,7 +27,7 @@ def check_sdist(sdist: Path) -> None:
         names = {name.partition('/')[2] for name in archive.getnames()}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').glob('*.py')}
     expected |= {'tests/requirements.txt', 'tox.ini', 'README.rst', 'CHANGES.txt', 'LICENSE.txt', '.ci/run'}
-    assert expected <= names, 'missing in the sdist: %s' % sorted(expected - names)
+    assert expected <= names, f'missing in the sdist: {sorted(expected - names)}'
 
 
 def check_installed(package: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@ from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import default
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 from aiosmtpd.controller import Controller
 from support import TIMEOUT, wait_for
@@ -16,18 +16,18 @@ SEPARATOR = b'\n=====\n'
 class Inbox:
     """The mails that have come so far, in the order in which they came."""
 
-    def _read(self) -> List[bytes]:
+    def _read(self) -> list[bytes]:
         raise NotImplementedError
 
     @property
-    def mails(self) -> List[EmailMessage]:
+    def mails(self) -> list[EmailMessage]:
         return [message_from_bytes(mail, policy=default) for mail in self._read()]
 
     @property
-    def subjects(self) -> List[str]:
+    def subjects(self) -> list[str]:
         return [str(mail['Subject']).strip() for mail in self.mails]
 
-    def wait(self, number: int = 1, timeout: float = TIMEOUT) -> List[EmailMessage]:
+    def wait(self, number: int = 1, timeout: float = TIMEOUT) -> list[EmailMessage]:
         """Wait until so many mails have come, and return them."""
         wait_for(lambda: len(self._read()) >= number, '%d mails' % number, timeout)
         return self.mails
@@ -38,9 +38,9 @@ class CommandInbox(Inbox):
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / 'inbox'
-        self.command = "{ cat; echo; echo =====; } >> '%s'" % self._path
+        self.command = f"{{ cat; echo; echo =====; }} >> '{self._path}'"
 
-    def _read(self) -> List[bytes]:
+    def _read(self) -> list[bytes]:
         return self._path.read_bytes().split(SEPARATOR)[:-1] if self._path.exists() else []
 
 
@@ -64,7 +64,7 @@ class SmtpInbox(Inbox):
     """An SMTP server on loopback, and the msmtp account that sends to it."""
 
     def __init__(self, home: Path) -> None:
-        self._received: List[bytes] = []
+        self._received: list[bytes] = []
         self._controller = SmtpController(self, hostname='127.0.0.1', port=0)
         self._home = home
 
@@ -72,7 +72,7 @@ class SmtpInbox(Inbox):
         self._received.append(envelope.content)
         return '250 taken'
 
-    def _read(self) -> List[bytes]:
+    def _read(self) -> list[bytes]:
         return self._received
 
     def __enter__(self) -> SmtpInbox:

@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, Sequence
 
 from supervisor import childutils
 
@@ -27,7 +27,7 @@ C_LOCALE = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHO
 ALL_LOST = ['pass'] + ['lose call'] * 3
 
 
-def wait_for(condition: Callable[[], Any], what: Union[str, Callable[[], str]] = '', timeout: float = TIMEOUT) -> Any:
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = '', timeout: float = TIMEOUT) -> Any:
     """Return the first true value of condition; fail, and tell of what, when there is none in time."""
     deadline = time.monotonic() + timeout
     while True:
@@ -50,7 +50,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def find_children(pid: int) -> List[int]:
+def find_children(pid: int) -> list[int]:
     """Return the pids of a process' children, zombies too."""
     children = []
     for stat in Path('/proc').glob('[0-9]*/stat'):
@@ -66,14 +66,14 @@ def find_children(pid: int) -> List[int]:
 class Listener:
     """A command as a process of the test's own, which plays supervisord's side of the protocol."""
 
-    def __init__(self, arguments: Sequence[str], environment: Optional[Dict[str, str]] = None,
-                 folder: Optional[Path] = None, **popen: Any) -> None:
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str] | None = None,
+                 folder: Path | None = None, **popen: Any) -> None:
         env = dict(os.environ, SUPERVISOR_SERVER_URL='unix:///nonexistent/supervisor.sock',
                    SUPERVISOR_GROUP_NAME='listener', SUPERVISOR_PROCESS_NAME='listener')
         env.update(environment or {})
         # A file, not a pipe: it holds every line that was written before an acknowledgement.
         self._log = tempfile.TemporaryFile()
-        options: Dict[str, Any] = dict(
+        options: dict[str, Any] = dict(
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0, env=env, cwd=folder)
         options.update(popen)
         self.process = subprocess.Popen([PYTHON, '-m', 'superlance.' + arguments[0], *arguments[1:]], **options)
@@ -96,7 +96,7 @@ class Listener:
         return os.pread(self._log.fileno(), 1 << 24, 0).decode('utf-8', 'replace')
 
     def wait_for_log(self, text: str, timeout: float = TIMEOUT) -> str:
-        wait_for(lambda: text in self.log, 'log %r' % text, timeout)
+        wait_for(lambda: text in self.log, f'log {text!r}', timeout)
         return self.log
 
     def expect(self, expected: bytes) -> None:
@@ -105,7 +105,7 @@ class Listener:
         got = b''
         while len(got) < len(expected):
             chunk = self.process.stdout.read(len(expected) - len(got))
-            assert chunk, 'end of output after %r; log: %s' % (got, self.log)
+            assert chunk, f'end of output after {got!r}; log: {self.log}'
             got += chunk
         assert got == expected, self.log
 
@@ -130,7 +130,7 @@ class Listener:
         """Serve a tick that is younger than any restart before it, though `when` is in whole seconds."""
         self.serve_event('TICK_5', 'when:%d' % (time.time() + 1))
 
-    def crash(self, program: str = 'web', group: Optional[str] = None, pid: int = 123, expected: int = 0) -> None:
+    def crash(self, program: str = 'web', group: str | None = None, pid: int = 123, expected: int = 0) -> None:
         self.serve_event('PROCESS_STATE_EXITED', 'processname:%s groupname:%s from_state:RUNNING expected:%d pid:%d'
                          % (program, group or program, expected, pid))
 
@@ -154,10 +154,10 @@ class Supervisord:
     """
 
     def __init__(self, folder: Path, sections: str, server: str = '', interface: bool = True, own_server: bool = True,
-                 environment: Optional[Dict[str, str]] = None) -> None:
+                 environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.socket = folder / ('s.sock' if own_server else 'supervisor.sock')
-        self.url = 'unix://%s' % self.socket
+        self.url = f'unix://{self.socket}'
         self.log_path = folder / 'supervisord.log'
         self.configuration = folder / 'supervisord.conf'
         parts = ['[supervisord]\nlogfile=%(here)s/supervisord.log\npidfile=%(here)s/supervisord.pid\n'
@@ -223,7 +223,7 @@ class Supervisord:
         return childutils.getRPCInterface({'SUPERVISOR_SERVER_URL': self.url}).supervisor
 
     @property
-    def environment(self) -> Dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """The environment of a Listener that is to talk to this supervisord."""
         return {'SUPERVISOR_SERVER_URL': self.url}
 
@@ -231,24 +231,24 @@ class Supervisord:
     def log(self) -> str:
         return read(self.log_path)
 
-    def info(self, name: str) -> Dict[str, Any]:
-        info: Dict[str, Any] = self.rpc.getProcessInfo(name)
+    def info(self, name: str) -> dict[str, Any]:
+        info: dict[str, Any] = self.rpc.getProcessInfo(name)
         return info
 
-    def wait_for_state(self, name: str, state: str = 'RUNNING', timeout: float = TIMEOUT) -> Dict[str, Any]:
+    def wait_for_state(self, name: str, state: str = 'RUNNING', timeout: float = TIMEOUT) -> dict[str, Any]:
         """Wait until a process is in a state and return its info."""
-        def look() -> Optional[Dict[str, Any]]:
+        def look() -> dict[str, Any] | None:
             info = self.info(name)
             return info if info['statename'] == state else None
-        found: Dict[str, Any] = wait_for(look, '%s %s' % (name, state), timeout)
+        found: dict[str, Any] = wait_for(look, f'{name} {state}', timeout)
         return found
 
-    def wait_for_restart(self, name: str, pid: int, timeout: float = TIMEOUT) -> Dict[str, Any]:
+    def wait_for_restart(self, name: str, pid: int, timeout: float = TIMEOUT) -> dict[str, Any]:
         """Wait until a process is RUNNING with another pid and return its info."""
-        def look() -> Optional[Dict[str, Any]]:
+        def look() -> dict[str, Any] | None:
             info = self.info(name)
             return info if info['statename'] == 'RUNNING' and info['pid'] != pid else None
-        found: Dict[str, Any] = wait_for(look, 'restart of %s' % name, timeout)
+        found: dict[str, Any] = wait_for(look, f'restart of {name}', timeout)
         return found
 
 
@@ -258,7 +258,7 @@ def read_until(client: socket.socket, end: bytes) -> bytes:
     while end not in request:
         received = client.recv(65536)
         if not received:
-            raise ConnectionError('%r and no more' % request)
+            raise ConnectionError(f'{request!r} and no more')
         request += received
     return request
 
@@ -270,10 +270,10 @@ class Proxy:
     never reaches supervisord), 'lose answer' (it does, the answer is cut off). Further calls pass.
     """
 
-    def __init__(self, path: Path, target: Path, rules: Dict[str, List[str]]) -> None:
-        self.url = 'unix://%s' % path
+    def __init__(self, path: Path, target: Path, rules: dict[str, list[str]]) -> None:
+        self.url = f'unix://{path}'
         self.rules = rules
-        self.calls: List[str] = []
+        self.calls: list[str] = []
         self._target = str(target)
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(path))
@@ -314,13 +314,12 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
-def run_by_hand(script: str, *arguments: str, folder: Optional[Path] = None,
+def run_by_hand(script: str, *arguments: str, folder: Path | None = None,
                 **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end as from a shell, where supervisord has set nothing."""
     env = {name: value for name, value in os.environ.items() if not name.startswith('SUPERVISOR_')}
     return subprocess.run([PYTHON, '-m', 'superlance.' + script, *arguments], cwd=folder, env=dict(env, **environment),
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          encoding='utf-8', timeout=2 * TIMEOUT)
+                          stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=2 * TIMEOUT)
 
 
 def accept_all(server: socket.socket, handle: Callable[[socket.socket], None]) -> None:

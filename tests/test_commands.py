@@ -10,15 +10,26 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import pytest
-
 from inbox import CommandInbox
-from superlance import __version__
 from support import (
-    C_LOCALE, PYTHON, TIMEOUT, Listener, Supervisord, find_children, read, read_until, serving, wait_for, write_script)
+    C_LOCALE,
+    PYTHON,
+    TIMEOUT,
+    Listener,
+    Supervisord,
+    find_children,
+    read,
+    read_until,
+    serving,
+    wait_for,
+    write_script,
+)
 from test_listener import BROKEN_HEADERS, count_unread
+
+from superlance import __version__
 
 URL = 'http://127.0.0.1:1/'     # nobody listens there
 # Each with options with which it does what it is for.
@@ -35,7 +46,7 @@ every_command = pytest.mark.parametrize('name', ARGUMENTS)
 on_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
 
 
-def make_crash(program: str = 'web', group: str = '', expected: int = 0) -> Tuple[str, str]:
+def make_crash(program: str = 'web', group: str = '', expected: int = 0) -> tuple[str, str]:
     return ('PROCESS_STATE_EXITED', 'processname:%s groupname:%s from_state:RUNNING expected:%d pid:123'
             % (program, group or program, expected))
 
@@ -55,7 +66,7 @@ class Run(NamedTuple):
     log: str
 
 
-def run(arguments: Sequence[str], data: bytes = b'', environment: Optional[Dict[str, str]] = None,
+def run(arguments: Sequence[str], data: bytes = b'', environment: dict[str, str] | None = None,
         **popen: Any) -> Run:
     """Run a command with some input and then its end; the output is no more than a pipe holds."""
     with Listener(arguments, environment, **popen) as command:
@@ -82,7 +93,7 @@ def test_help_and_version_go_to_stdout(name: str, flag: str) -> None:
     status, output, log = run([name, flag])
     assert (status, log) == (0, '')
     if flag == '--version':
-        assert output.decode() == '%s %s\n' % (name, __version__)
+        assert output.decode() == f'{name} {__version__}\n'
     else:
         assert output.startswith(b'Usage: %s ' % name.encode()) and b'\n  -h, --help' in output
 
@@ -171,23 +182,23 @@ USAGE_ERRORS = {
 
 @pytest.mark.parametrize('name, arguments, expected', [
     (name, arguments, expected) for name, table in USAGE_ERRORS.items() for arguments, expected in table])
-def test_a_bad_command_line_is_told_in_one_line(name: str, arguments: List[str], expected: str) -> None:
+def test_a_bad_command_line_is_told_in_one_line(name: str, arguments: list[str], expected: str) -> None:
     status, output, log = run([name, *arguments])
     assert (status, output) == (2, b''), log
-    assert log.startswith(name + ': ') and log.endswith("; try '%s --help'\n" % name) and log.count('\n') == 1
+    assert log.startswith(name + ': ') and log.endswith(f"; try '{name} --help'\n") and log.count('\n') == 1
     assert expected in log and 'secret' not in log
 
 
 @pytest.mark.parametrize('name, more', [
     *((name, more) for name in ARGUMENTS for more in ([], ['-m', 'bob@example.com'])), ('crashmail', ['--tail=5'])])
-def test_a_listener_is_for_supervisord_only(name: str, more: List[str]) -> None:
+def test_a_listener_is_for_supervisord_only(name: str, more: list[str]) -> None:
     done = subprocess.run([PYTHON, '-m', 'superlance.' + name, *ARGUMENTS[name][1:], *more], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT, check=False,
+                          capture_output=True, timeout=TIMEOUT, check=False,
                           env={key: value for key, value in os.environ.items() if 'SUPERVISOR' not in key})
     log = done.stderr.decode()
     assert (done.returncode, done.stdout) == (1, b'')
-    assert log.startswith('%s must be run as a supervisor event listener' % name) and log.count('\n') == 1
-    assert "'%s --once'" % name in log and 'README' in log
+    assert log.startswith(f'{name} must be run as a supervisor event listener') and log.count('\n') == 1
+    assert f"'{name} --once'" in log and 'README' in log
 
 
 # The protocol.
@@ -197,7 +208,7 @@ def test_stdout_holds_the_protocol_and_nothing_else(name: str) -> None:
     status, output, log = run(ARGUMENTS[name], make_event(*SERVED[name]) * 3)
     assert (status, output) == (0, acknowledge(3)), log
     assert log.count('\n') == {'httpok': 3, 'crashmail': 3, 'memmon': 0}[name]
-    assert all(re.match('%s %s: ' % (STAMP, name), line) for line in log.splitlines())
+    assert all(re.match(f'{STAMP} {name}: ', line) for line in log.splitlines())
 
 
 OTHER_EVENTS = [
@@ -282,7 +293,7 @@ def test_the_end_of_input_is_the_end(name: str, part: bytes) -> None:
 def test_a_broken_header_ends_the_listener_with_one_line(name: str, header: bytes) -> None:
     status, output, log = run(ARGUMENTS[name], make_event(*OTHER_EVENTS[0]) + header)
     assert (status, output) == (1, acknowledge(1))
-    assert re.match("%s %s: not an event's header, .*\n$" % (STAMP, name), log), log
+    assert re.match(f"{STAMP} {name}: not an event's header, .*\n$", log), log
 
 
 @every_command
@@ -306,7 +317,7 @@ def test_whatever_comes_the_end_is_orderly(name: str) -> None:
 # Locales and bytes.
 
 @pytest.fixture(scope='module')
-def latin_1(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
+def latin_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the environment of a Latin-1 locale."""
     known = subprocess.run(['locale', '-a'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
     for line in known.decode('ascii', 'replace').splitlines():
@@ -322,15 +333,15 @@ def latin_1(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
 
 
 @pytest.fixture(params=['ascii', 'C', 'POSIX', 'utf-8', 'latin-1'])
-def locale(request: pytest.FixtureRequest) -> Dict[str, str]:
+def locale(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.param == 'latin-1':
-        found: Dict[str, str] = request.getfixturevalue('latin_1')
+        found: dict[str, str] = request.getfixturevalue('latin_1')
         return found
     return C_LOCALE if request.param == 'ascii' else {
         'LC_ALL': {'utf-8': 'C.UTF-8'}.get(request.param, request.param)}
 
 
-def test_names_are_utf_8_in_any_locale(locale: Dict[str, str], tmp_path: Path) -> None:
+def test_names_are_utf_8_in_any_locale(locale: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / 'größe'
     folder.mkdir()
     inbox = CommandInbox(folder)
@@ -387,7 +398,7 @@ def supervisord(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor
     ['crashmail'],
     ['memmon', '-a', '1', '--dry-run'],
 ], ids=' '.join)
-def test_commands_can_not_speak_to_supervisord(arguments: List[str], supervisord: Supervisord, tmp_path: Path) -> None:
+def test_commands_can_not_speak_to_supervisord(arguments: list[str], supervisord: Supervisord, tmp_path: Path) -> None:
     supervisord.wait_for_state('web')
     noisy = NOISE + 'readlink /proc/self/fd/0 >> stdin; cat >/dev/null; touch mailed'
     write_script(tmp_path / 'gcore', NOISE + 'readlink /proc/self/fd/0 >> stdin; cat; touch dumped\n')
@@ -416,7 +427,7 @@ def test_a_stray_print_can_not_speak_to_supervisord(name: str, tmp_path: Path) -
         'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep),
         'PATH': str(tmp_path)})     # memmon complains of the lack of a ps
     assert (status, output) == (0, acknowledge(2))
-    assert 'RESULT 4\nREADY\n' in log and '%s: ' % name in log
+    assert 'RESULT 4\nREADY\n' in log and f'{name}: ' in log
 
 
 # crashmail.
@@ -441,18 +452,18 @@ UNEXPECTED = ['web:web', 'site:web', 'site:db', 'db:db']
     (['-p', 'we'], []),
 ])
 def test_crashes_are_logged_and_those_of_watched_processes_mailed(
-        options: List[str], expected: List[str], tmp_path: Path) -> None:
+        options: list[str], expected: list[str], tmp_path: Path) -> None:
     inbox = CommandInbox(tmp_path)
     with Listener(['crashmail', *options, '-m', 'bob@example.com', '-s', inbox.command]) as command:
         for crash in CRASHES:
             command.serve_event(*make_crash(*crash))
         inbox.wait(len(expected))
         assert command.close() == 0
-    logged = ['%s:%s' % (group, program) for program, group in re.findall(
+    logged = [f'{group}:{program}' for program, group in re.findall(
         r'crashmail: program (\S+) of group (\S+) \(pid 123\)', command.log)]
     told = [re.findall(r'program (\S+) of group (\S+) \(pid 123\)', mail.get_content())[0] for mail in inbox.mails]
     assert logged == UNEXPECTED
-    assert ['%s:%s' % (group, program) for program, group in told] == expected
+    assert [f'{group}:{program}' for program, group in told] == expected
 
 
 FATAL = ('PROCESS_STATE_FATAL', 'processname:web groupname:site from_state:BACKOFF')
@@ -472,7 +483,7 @@ FATAL = ('PROCESS_STATE_FATAL', 'processname:web groupname:site from_state:BACKO
     ([], make_crash('\x1b[2J\0'), '\\x1b[2J\\x00 crashed at STAMP'),
     ([], make_crash('=?utf-8?q?hi?='), None),
 ], ids=lambda value: repr(value)[:40])
-def test_the_subject_of_a_crash(options: List[str], event: Tuple[str, str], subject: Optional[str],
+def test_the_subject_of_a_crash(options: list[str], event: tuple[str, str], subject: str | None,
                                 tmp_path: Path) -> None:
     inbox = CommandInbox(tmp_path)
     with Listener(['crashmail', *options, '-m', 'bob@example.com', '-s', inbox.command]) as command:
@@ -522,7 +533,7 @@ def test_a_slow_mail_command_holds_up_no_event_and_loses_none(tmp_path: Path) ->
 
 @on_linux
 @pytest.mark.parametrize('signum', [None, signal.SIGTERM, signal.SIGINT])
-def test_waiting_mail_is_sent_at_the_end(signum: Optional[int], tmp_path: Path) -> None:
+def test_waiting_mail_is_sent_at_the_end(signum: int | None, tmp_path: Path) -> None:
     inbox = CommandInbox(tmp_path)
     slow = 'touch begun; while ! [ -e go ]; do sleep 0.05; done; '
     with Listener(['crashmail', '-m', 'bob@example.com', '-s', slow + inbox.command], folder=tmp_path) as command:
@@ -573,7 +584,7 @@ def test_a_signal_that_is_not_meant_to_end_it_is_no_expected_exit(name: str, sig
 
 # Streams that are closed.
 
-def get_streams(pid: int) -> List[str]:
+def get_streams(pid: int) -> list[str]:
     try:
         return [os.readlink('/proc/%d/fd/%d' % (pid, fd)) for fd in (0, 1, 2)]
     except OSError:
@@ -588,7 +599,7 @@ def close_all(fds: Sequence[int]) -> None:
 @on_linux
 @pytest.mark.parametrize('closed', [(1,), (2,), (1, 2)], ids=str)
 @every_command
-def test_a_stream_closed_at_the_start_is_nothing(name: str, closed: Tuple[int, ...], tmp_path: Path) -> None:
+def test_a_stream_closed_at_the_start_is_nothing(name: str, closed: tuple[int, ...], tmp_path: Path) -> None:
     mail = [] if name == 'memmon' else ['-m', 'bob@example.com', '-s', 'cat > mail.new; mv mail.new mail']
     with Listener([name, *mail, *ARGUMENTS[name][1:]], folder=tmp_path,
                   preexec_fn=lambda: close_all(closed)) as command:
@@ -609,7 +620,7 @@ def test_a_stream_closed_at_the_start_is_nothing(name: str, closed: Tuple[int, .
 
 @pytest.mark.parametrize('closed', [(0,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
 @every_command
-def test_without_stdin_there_is_nothing_to_do(name: str, closed: Tuple[int, ...]) -> None:
+def test_without_stdin_there_is_nothing_to_do(name: str, closed: tuple[int, ...]) -> None:
     with Listener(ARGUMENTS[name], preexec_fn=lambda: close_all(closed)) as command:
         assert command.process.wait(TIMEOUT) == 0
         assert command.process.stdout and command.process.stdout.read() == (b'' if 1 in closed else READY)
@@ -649,7 +660,7 @@ BUSYBOX = "echo \"ps: unrecognized option: p\" >&2; echo 'BusyBox v1.36.1 () mul
     ('echo; echo', 'ps printed no process'),
     ("echo starting; exec /bin/sleep 99", 'rss=: did not end in time: starting'),    # PS_TIMEOUT_SECONDS, 10 s
 ], ids=lambda value: repr(value)[:30])
-def test_where_ps_is_of_no_use_proc_serves(ps: Optional[str], reason: str, supervisord: Supervisord,
+def test_where_ps_is_of_no_use_proc_serves(ps: str | None, reason: str, supervisord: Supervisord,
                                            tmp_path: Path) -> None:
     if ps:
         write_script(tmp_path / 'ps', ps + '\n')
@@ -692,7 +703,7 @@ def test_supervisord_is_asked_only_where_something_is_over_the_limit(limit: str,
         calls.append(client.recv(65536))
 
     with serving(count, socket.AF_UNIX, str(tmp_path / 's')), Listener(
-            ['memmon', '-a', limit], {'SUPERVISOR_SERVER_URL': 'unix://%s/s' % tmp_path}) as command:
+            ['memmon', '-a', limit], {'SUPERVISOR_SERVER_URL': f'unix://{tmp_path}/s'}) as command:
         for _ in range(3):
             command.tick()
         command.expect(READY)
@@ -713,7 +724,7 @@ class Holdings(NamedTuple):
 
 def measure(pid: int) -> Holdings:
     status = read(Path('/proc/%d/status' % pid))
-    threads, rss = (int(re.findall(r'^%s:\s+(\d+)' % key, status, re.M)[0]) for key in ('Threads', 'VmRSS'))
+    threads, rss = (int(re.findall(rf'^{key}:\s+(\d+)', status, re.M)[0]) for key in ('Threads', 'VmRSS'))
     return Holdings(len(os.listdir('/proc/%d/fd' % pid)), threads, len(find_children(pid)), rss)
 
 
@@ -731,7 +742,7 @@ def answer(client: socket.socket) -> None:
     (['httpok', URL], 400, 100),
     (['httpok', '-b', 'ok', 'http://localhost:1/'], 400, 100),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else str(value))
-def test_a_long_life_costs_no_more_than_a_short_one(arguments: List[str], events: int, warm_up: int,
+def test_a_long_life_costs_no_more_than_a_short_one(arguments: list[str], events: int, warm_up: int,
                                                     tmp_path: Path) -> None:
     write_script(tmp_path / 'ps', 'echo 1 0 100\n')
     mails = '-m' in arguments

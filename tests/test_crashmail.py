@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
 from inbox import CommandInbox
@@ -39,10 +39,10 @@ GIVEN_UP = Crash('bar', 'x', '', 'BACKOFF', NOW)
     (['--once'], 'option --once: it sends a test mail; say to whom with -m'),
 ])
 def test_bad_options_are_one_line_and_exit_status_2(
-        argv: List[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+        argv: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert crashmail.main(argv) == 2
     printed = capsys.readouterr()
-    assert printed.err == "crashmail: %s; try 'crashmail --help'\n" % error
+    assert printed.err == f"crashmail: {error}; try 'crashmail --help'\n"
     assert printed.out == ''
 
 
@@ -69,7 +69,7 @@ def test_options_by_default() -> None:
     (['--configuration=x.conf'], 'configuration', 'x.conf'),
     (['-m', 'a@b.c', '-s', 'true'], 'mail', mail.Settings(('a@b.c',), 'true', None, None)),
 ])
-def test_each_option_has_its_field(argv: List[str], field: str, value: Any) -> None:
+def test_each_option_has_its_field(argv: list[str], field: str, value: Any) -> None:
     assert getattr(build(*argv), field) == value
 
 
@@ -96,7 +96,7 @@ def test_each_option_has_its_field(argv: List[str], field: str, value: Any) -> N
     ('TICK_5', 'when:1700000000', None),
     ('', '', None),
 ])
-def test_find_crash(name: str, payload: str, crash: Optional[Crash]) -> None:
+def test_find_crash(name: str, payload: str, crash: Crash | None) -> None:
     assert crashmail.find_crash(Event(name, payload, 'supervisor', NOW)) == crash
 
 
@@ -113,16 +113,15 @@ def test_find_crash(name: str, payload: str, crash: Optional[Crash]) -> None:
 def test_events_that_can_not_be_read(name: str, payload: str) -> None:
     with pytest.raises(ValueError) as why:
         crashmail.find_crash(Event(name, payload, 'supervisor', NOW))
-    assert str(why.value) == 'unable to read a %s event: %r' % (name, payload)
+    assert str(why.value) == f'unable to read a {name} event: {payload!r}'
 
 
 # Tell.
 
 def test_compose_one_crash() -> None:
     subject, body = crashmail.compose([Report(CRASHED, '')])
-    assert subject == 'web crashed at %s' % timestamp(NOW)
-    assert body == ('%s: program web of group web (pid 123) was RUNNING and exited unexpectedly.\n'
-                    % timestamp(NOW))
+    assert subject == f'web crashed at {timestamp(NOW)}'
+    assert body == (f'{timestamp(NOW)}: program web of group web (pid 123) was RUNNING and exited unexpectedly.\n')
 
 
 def test_compose_with_last_words() -> None:
@@ -131,9 +130,9 @@ def test_compose_with_last_words() -> None:
 
 def test_compose_given_up() -> None:
     subject, body = crashmail.compose([Report(GIVEN_UP, '')])
-    assert subject == 'x is FATAL, supervisord has given up starting it, at %s' % timestamp(NOW)
-    assert body == ('%s: supervisord has given up starting program x of group bar, which was BACKOFF and is FATAL '
-                    'now.\n' % timestamp(NOW))
+    assert subject == f'x is FATAL, supervisord has given up starting it, at {timestamp(NOW)}'
+    assert body == (f'{timestamp(NOW)}: supervisord has given up starting program x of group bar, which was BACKOFF and is FATAL '
+                    'now.\n')
 
 
 @pytest.mark.parametrize('programs, rest', [
@@ -142,7 +141,7 @@ def test_compose_given_up() -> None:
     (['p%02d' % number for number in range(10)], 'p00, p01, p02, p03, p04, p05, p06, p07, p08, p09'),
     (['p%02d' % number for number in range(12)], 'p00, p01, p02, p03, p04, p05, p06, p07, p08, p09 and 2 more'),
 ])
-def test_compose_several_crashes(programs: List[str], rest: str) -> None:
+def test_compose_several_crashes(programs: list[str], rest: str) -> None:
     reports = [Report(Crash(program, program, str(pid), 'RUNNING', NOW + pid), '\nwords of %d' % pid)
                for pid, program in enumerate(programs)]
     subject, body = crashmail.compose(reports)
@@ -155,7 +154,7 @@ def test_compose_several_crashes(programs: List[str], rest: str) -> None:
 class FakeTimer:
     """A timer that fires when the test says so."""
 
-    timers: List[FakeTimer] = []
+    timers: list[FakeTimer] = []
     daemon = False
 
     def __init__(self, seconds: float, fire: Callable[[], None]) -> None:
@@ -173,18 +172,18 @@ class FakeTimer:
 
 
 @pytest.fixture
-def timers(monkeypatch: pytest.MonkeyPatch) -> List[FakeTimer]:
+def timers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTimer]:
     monkeypatch.setattr(FakeTimer, 'timers', [])
     monkeypatch.setattr(threading, 'Timer', FakeTimer)
     return FakeTimer.timers
 
 
-def make_reports(number: int) -> List[Report]:
+def make_reports(number: int) -> list[Report]:
     return [Report(CRASHED._replace(pid=str(pid)), 'words') for pid in range(number)]
 
 
-def test_digest(timers: List[FakeTimer]) -> None:
-    sent: List[Sequence[Report]] = []
+def test_digest(timers: list[FakeTimer]) -> None:
+    sent: list[Sequence[Report]] = []
     digest = Digest(600, sent.append)
     a, b, c, d, e, f = make_reports(6)
     digest.add(a)
@@ -211,8 +210,8 @@ def test_digest(timers: List[FakeTimer]) -> None:
 
 
 @pytest.mark.parametrize('crashes', [0, 1])
-def test_digest_that_holds_nothing_sends_nothing_at_the_end(timers: List[FakeTimer], crashes: int) -> None:
-    sent: List[Sequence[Report]] = []
+def test_digest_that_holds_nothing_sends_nothing_at_the_end(timers: list[FakeTimer], crashes: int) -> None:
+    sent: list[Sequence[Report]] = []
     digest = Digest(600, sent.append)
     for report in make_reports(crashes):
         digest.add(report)
@@ -220,8 +219,8 @@ def test_digest_that_holds_nothing_sends_nothing_at_the_end(timers: List[FakeTim
     assert len(sent) == crashes
 
 
-def test_digest_of_a_storm_keeps_every_crash_and_some_last_words(timers: List[FakeTimer]) -> None:
-    sent: List[Sequence[Report]] = []
+def test_digest_of_a_storm_keeps_every_crash_and_some_last_words(timers: list[FakeTimer]) -> None:
+    sent: list[Sequence[Report]] = []
     digest = Digest(600, sent.append)
     reports = make_reports(1000)
     for report in reports:
@@ -284,14 +283,14 @@ def inbox(tmp_path: Path) -> CommandInbox:
 class Running:
     """A crashmail and its mails."""
 
-    def __init__(self, inbox: CommandInbox, folder: Path, url: Optional[str], arguments: Sequence[str]) -> None:
+    def __init__(self, inbox: CommandInbox, folder: Path, url: str | None, arguments: Sequence[str]) -> None:
         environment = {'SUPERVISOR_SERVER_URL': url} if url else {}
         self.listener = Listener(['crashmail', '-m', 'bob@example.com', '-s', inbox.command, *arguments],
                                  environment, folder)
         self._inbox = inbox
         self._mails = 0
 
-    def crash(self, program: str = 'web', group: Optional[str] = None, pid: int = 123) -> str:
+    def crash(self, program: str = 'web', group: str | None = None, pid: int = 123) -> str:
         """Tell it of a crash and return the body of the mail."""
         self.listener.crash(program, group, pid)
         self._mails += 1
@@ -301,9 +300,9 @@ class Running:
 
 @pytest.fixture
 def start(inbox: CommandInbox, tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    started: List[Running] = []
+    started: list[Running] = []
 
-    def start(*arguments: str, url: Optional[str] = None) -> Running:
+    def start(*arguments: str, url: str | None = None) -> Running:
         started.append(Running(inbox, tmp_path, url, arguments))
         return started[-1]
     yield start
@@ -321,8 +320,8 @@ def start(inbox: CommandInbox, tmp_path: Path) -> Iterator[Callable[..., Running
     (['-p', 'y', '-a'], ['web', 'x', 'x']),
     (['-p', 'y'], []),
 ])
-def test_which_crashes_are_mailed(start: Callable[..., Running], inbox: CommandInbox, argv: List[str],
-                                  names: List[str]) -> None:
+def test_which_crashes_are_mailed(start: Callable[..., Running], inbox: CommandInbox, argv: list[str],
+                                  names: list[str]) -> None:
     listener = start(*argv).listener
     listener.crash('web')
     listener.crash('x', 'bar')
@@ -339,7 +338,7 @@ def test_log_and_mail_of_a_crash(start: Callable[..., Running], inbox: CommandIn
     running = start('-o', 'db1')
     body = running.crash('x', 'bar', 77)
     said = 'program x of group bar (pid 77) was RUNNING and exited unexpectedly'
-    running.listener.wait_for_log('crashmail: %s\n' % said)
+    running.listener.wait_for_log(f'crashmail: {said}\n')
     assert re.fullmatch(r'db1: x crashed at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}', inbox.subjects[0])
     assert said + '.\n' in body
     assert body.endswith('supervisor supervisor\n')
@@ -349,10 +348,10 @@ def test_log_and_mail_of_a_crash(start: Callable[..., Running], inbox: CommandIn
 def test_log_and_mail_of_a_process_that_is_given_up(start: Callable[..., Running], inbox: CommandInbox) -> None:
     listener = start('-p', 'bar:*').listener
     for group in ('bar', 'baz'):
-        listener.serve_event(FATAL, 'processname:x groupname:%s from_state:BACKOFF' % group)
+        listener.serve_event(FATAL, f'processname:x groupname:{group} from_state:BACKOFF')
     listener.close()
     said = 'supervisord has given up starting program x of group bar, which was BACKOFF and is FATAL now'
-    assert listener.log.count('crashmail: %s\n' % said) == 1
+    assert listener.log.count(f'crashmail: {said}\n') == 1
     assert len(inbox.mails) == 1
     assert inbox.subjects[0].startswith('x is FATAL, supervisord has given up starting it, at ')
 
@@ -438,7 +437,7 @@ def test_tail_of_stdout_and_stderr(start: Start, supervisord: Supervisord, logs:
 
 
 # What a log holds, the lines that are asked for, and those that are mailed.
-LOGS: List[Tuple[str, Any, int, List[str]]] = [
+LOGS: list[tuple[str, Any, int, list[str]]] = [
     ('fewer than asked for', 'a\n', 5, ['a']),
     ('empty lines', 'a\n\nb\n\n\n', 3, ['a', '', 'b']),
     ('no UTF-8', b'caf\xe9\xff\n\x80\n', 5, ['caf\ufffd\ufffd', '\ufffd']),
@@ -450,7 +449,7 @@ LOGS: List[Tuple[str, Any, int, List[str]]] = [
 
 @pytest.mark.parametrize('text, lines, mailed', [case[1:] for case in LOGS], ids=[case[0] for case in LOGS])
 def test_tail_of_any_text(start: Start, supervisord: Supervisord, logs: Logs, text: Any, lines: int,
-                          mailed: List[str]) -> None:
+                          mailed: list[str]) -> None:
     logs(text)
     body = start('--tail=%d' % lines, url=supervisord.url).crash()
     found = body.partition('stdout log:\n')[2].partition('\n\n-- \n')[0].split('\n')
@@ -489,7 +488,7 @@ def test_tail_of_a_rotated_log(start: Start, supervisord: Supervisord, logs: Log
     log = supervisord.folder / 'web.out'
     log.rename(supervisord.folder / 'web.out.1')
     log.write_text(new, 'utf-8')
-    assert 'stdout log:\n  %s\n' % new.strip() in running.crash()
+    assert f'stdout log:\n  {new.strip()}\n' in running.crash()
 
 
 def test_tail_of_a_log_that_was_cleared(start: Start, supervisord: Supervisord, logs: Logs) -> None:
@@ -517,7 +516,7 @@ def test_tail_of_a_process_that_runs_again(start: Start, supervisord: Supervisor
 
 @pytest.mark.parametrize('program, group', [('none', 'bar'), ('missing', None), ('device', None), ('web', None)])
 def test_tail_of_nothing(start: Start, supervisord: Supervisord, logs: Logs, program: str,
-                         group: Optional[str]) -> None:
+                         group: str | None) -> None:
     body = start('--tail=5', url=supervisord.url).crash(program, group)
     assert 'unexpectedly.\n\nIt has written nothing to a log.\n' in body
 
@@ -581,7 +580,7 @@ def test_tail_of_a_process_that_was_added_since(tmp_path: Path, start: Start) ->
         running = start('--tail=5', url=supervisord.url)
         running.listener.expect(b'READY\n')
         (folder / 'late.ini').write_text(
-            '[program:late]\ncommand=sleep 1000\nautostart=false\nstdout_logfile=%s/late.out\n' % folder, 'utf-8')
+            f'[program:late]\ncommand=sleep 1000\nautostart=false\nstdout_logfile={folder}/late.out\n', 'utf-8')
         supervisord.rpc.reloadConfig()
         supervisord.rpc.addProcessGroup('late')
         (folder / 'late.out').write_text('words\n', 'utf-8')
@@ -592,10 +591,10 @@ def test_tail_of_a_process_that_was_added_since(tmp_path: Path, start: Start) ->
 
 
 @contextmanager
-def silent_server() -> Iterator[Tuple[str, List[int]]]:
+def silent_server() -> Iterator[tuple[str, list[int]]]:
     """Yield the URL of a supervisord that never answers, and a list that grows with each connection to it."""
     end = threading.Event()
-    connections: List[int] = []
+    connections: list[int] = []
 
     def handle(client: socket.socket) -> None:
         connections.append(client.fileno())
@@ -648,7 +647,7 @@ look = partial(run_by_hand, 'crashmail', '--once')
 def test_once_sends_a_test_mail(tmp_path: Path, inbox: CommandInbox, said: str, shown: str) -> None:
     printed = look('-m', 'bob@example.com,al@example.com', '-o', 'db1', '-s', inbox.command + said, folder=tmp_path)
     assert (printed.returncode, printed.stderr) == (0, '')
-    assert re.fullmatch(r'sent "db1: crashmail test at [^"]*" to bob@example.com, al@example.com%s\n' % shown,
+    assert re.fullmatch(rf'sent "db1: crashmail test at [^"]*" to bob@example.com, al@example.com{shown}\n',
                         printed.stdout)
     assert inbox.subjects[0] in printed.stdout
     assert 'nothing has crashed.\n' in inbox.mails[0].get_content()
@@ -662,11 +661,11 @@ def test_once_sends_a_test_mail(tmp_path: Path, inbox: CommandInbox, said: str, 
 def test_once_is_told_of_a_refusal(tmp_path: Path, command: str, reason: str) -> None:
     printed = look('-m', 'bob@example.com', '-s', command, folder=tmp_path)
     assert (printed.returncode, printed.stderr) == (1, '')
-    assert printed.stdout.startswith('unable to send: %s: %s' % (command, reason))
+    assert printed.stdout.startswith(f'unable to send: {command}: {reason}')
 
 
 def test_once_names_supervisord(tmp_path: Path, inbox: CommandInbox, supervisord: Supervisord) -> None:
-    environments: List[Dict[str, str]] = [{}, supervisord.environment]
+    environments: list[dict[str, str]] = [{}, supervisord.environment]
     for arguments, environment in zip([['--configuration', str(supervisord.configuration)], []], environments):
         printed = look('-m', 'bob@example.com', '-s', inbox.command, *arguments, folder=tmp_path, **environment)
         assert (printed.returncode, printed.stderr) == (0, '')
@@ -706,7 +705,7 @@ class Answers(Supervisor):
     def __init__(self, **info: object) -> None:
         super().__init__({})
         self.info = dict(group='web', name='web', pid=0, state=100, statename='EXITED', start=1, now=2, **info)
-        self.texts: Dict[str, str] = {}
+        self.texts: dict[str, str] = {}
 
     def call(self, method: str, *arguments: Any) -> Any:
         if method.startswith('tail'):
@@ -742,7 +741,7 @@ def test_digest_without_a_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, 'start', fail)
-    sent: List[Sequence[Report]] = []
+    sent: list[Sequence[Report]] = []
     digest = Digest(600, sent.append)
     a, b = make_reports(2)
     digest.add(a)

@@ -9,10 +9,9 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator
 
 import pytest
-
 from support import PYTHON, find_children, is_alive, read, run_by_hand, wait_for
 
 LIMIT_SECONDS = 60
@@ -35,7 +34,7 @@ class Demo:
     TMPDIR has to be short: pytest's folders are too long for a unix socket.
     """
 
-    def __init__(self, folder: Path, name: str = 'demo', module_path: Optional[Path] = None, **popen: Any) -> None:
+    def __init__(self, folder: Path, name: str = 'demo', module_path: Path | None = None, **popen: Any) -> None:
         self._parent = tempfile.mkdtemp(dir='/tmp')
         self.tmpdir = Path(self._parent, name)
         self.tmpdir.mkdir()
@@ -82,7 +81,7 @@ class Demo:
         return match.group(1) if match else ''
 
     def wait_for_output(self, pattern: str) -> None:
-        wait_for(lambda: re.search(pattern, self.output) or self.process.poll() is not None, 'output %r' % pattern)
+        wait_for(lambda: re.search(pattern, self.output) or self.process.poll() is not None, f'output {pattern!r}')
         assert re.search(pattern, self.output), self.output + self.errors
 
     def wait(self) -> int:
@@ -98,12 +97,12 @@ class Demo:
         return status
 
     @property
-    def jobs(self) -> List[str]:
+    def jobs(self) -> list[str]:
         """The lines about the three jobs: 'memmon done', and so on."""
         return [' '.join(pair) for pair in re.findall(r'^(\w+) +(done|NOT done): ', self.output, re.MULTILINE)]
 
 
-def find_processes(folder: str) -> List[str]:
+def find_processes(folder: str) -> list[str]:
     """Return the command lines of the processes that work in a folder or name it."""
     found = []
     for process in Path('/proc').glob('[0-9]*'):
@@ -133,7 +132,7 @@ def test_three_jobs_are_done_wherever_the_folder_is(tmp_path: Path, name: str, i
                      r'crashmail +program crashing', r'\| Subject: httpok: http://\S+: bad status returned',
                      r'\| Subject: memmon: process leaky restarted', r'\| Subject: crashing crashed at ',
                      r'\|   ZeroDivisionError'):
-            assert re.search(text, demo.output), '%s in %s' % (text, demo.output)
+            assert re.search(text, demo.output), f'{text} in {demo.output}'
 
 
 def test_an_early_signal_ends_it_and_the_sections_shown_are_right(demo: Demo) -> None:
@@ -141,7 +140,7 @@ def test_an_early_signal_ends_it_and_the_sections_shown_are_right(demo: Demo) ->
     os.killpg(demo.process.pid, signal.SIGINT)
     assert demo.wait() == 128 + signal.SIGINT     # early: nothing runs yet
     for name in ('memmon', 'httpok', 'crashmail'):
-        command = re.search(r'\[eventlistener:%s\]\n +command=%s (.*)\n +events=\w+\n' % (name, name), demo.output)
+        command = re.search(rf'\[eventlistener:{name}\]\n +command={name} (.*)\n +events=\w+\n', demo.output)
         assert command, demo.output
         once = run_by_hand(name, *command.group(1).split())
         assert once.returncode == 1 and 'must be run as a supervisor event listener' in once.stderr
@@ -152,7 +151,7 @@ def test_a_signal_ends_it_in_order(demo: Demo, signum: signal.Signals) -> None:
     demo.wait_for_output("spawned: 'leaky'")
     os.killpg(demo.process.pid, signum)     # as a terminal does
     assert demo.wait() == 128 + signum
-    assert 'ended by %s\n' % signum.name in demo.output
+    assert f'ended by {signum.name}\n' in demo.output
     assert demo.jobs == []
 
 
@@ -207,7 +206,7 @@ def test_a_reader_that_goes_early_ends_it_in_order(tmp_path: Path) -> None:
 def test_arguments_are_refused_and_help_is_printed() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([PYTHON, '-m', 'superlance.demo', *arguments], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=30)
+                              capture_output=True, text=True, timeout=30)
     refused, helped = run('fast'), run('--help')
     assert (refused.returncode, refused.stdout) == (2, '') and refused.stderr.count('\n') == 1
     assert (helped.returncode, helped.stderr) == (0, '') and helped.stdout.startswith('Usage: python -m superlance')
@@ -225,7 +224,7 @@ def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
     folder = tempfile.mkdtemp(dir='/tmp')
     try:
         done = subprocess.run([PYTHON, '-c', text], env=dict(os.environ, TMPDIR=folder), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, universal_newlines=True, timeout=LIMIT_SECONDS)
+                              stdout=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS)
         assert os.listdir(folder) == []
     finally:
         shutil.rmtree(folder)

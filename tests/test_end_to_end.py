@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Iterator
 
 import pytest
 from inbox import CommandInbox, SmtpInbox
@@ -52,17 +52,15 @@ def inbox(tmp_path: Path) -> Iterator[SmtpInbox]:
 def start(folder: Path, sections: str) -> Supervisord:
     """Start a supervisord whose listeners find the commands on PATH, as those of the manual's examples do."""
     return Supervisord(folder, sections, environment={
-        'HOME': '/nonexistent', 'PATH': '%s:%s' % (COMMANDS, os.environ['PATH']), 'PYTHONUTF8': '1'})
+        'HOME': '/nonexistent', 'PATH': '{}:{}'.format(COMMANDS, os.environ['PATH']), 'PYTHONUTF8': '1'})
 
 
 def program(name: str, task: str, argument: Any = 0, more: str = '') -> str:
-    return ('[program:%s]\ncommand=PYTHON program.py %s %s %s\nstartsecs=0\n%s\n'
-            % (name, task, name, argument, more))
+    return (f'[program:{name}]\ncommand=PYTHON program.py {task} {name} {argument}\nstartsecs=0\n{more}\n')
 
 
 def listener(command: str, events: str, name: str = '', more: str = '') -> str:
-    return ('[eventlistener:%s]\ncommand=%s\nevents=%s\nenvironment=HOME="%%(here)s"\n%s\n'
-            % (name or command.split()[0].rpartition('/')[2], command, events, more))
+    return ('[eventlistener:{}]\ncommand={}\nevents={}\nenvironment=HOME="%(here)s"\n{}\n'.format(name or command.split()[0].rpartition('/')[2], command, events, more))
 
 
 def find_free_port() -> int:
@@ -72,7 +70,7 @@ def find_free_port() -> int:
         return port
 
 
-def read_bodies(inbox: SmtpInbox, number: int) -> Dict[str, str]:
+def read_bodies(inbox: SmtpInbox, number: int) -> dict[str, str]:
     """Wait until so many mails have come, and return their bodies by subject, without times."""
     return {re.sub(r' at [-\d]+ [:,\d]+$', '', str(mail['Subject']).strip()): mail.get_content().replace('\r\n', '\n')
             for mail in inbox.wait(number)}
@@ -96,7 +94,7 @@ def test_memmon_examples_of_the_manual(tmp_path: Path, inbox: SmtpInbox, command
         supervisord.wait_for_restart(leaking, pids.pop(leaking))
         mail = inbox.wait()[0]
         assert mail['To'] == 'bob@example.com'
-        assert mail['Subject'] == 'memmon: process %s restarted' % title
+        assert mail['Subject'] == f'memmon: process {title} restarted'
         assert 'over its limit of 200.0MB' in mail.get_content()
         assert 'supervisor testing' in mail.get_content()
         assert supervisord.info('memmon')['statename'] == 'RUNNING'
@@ -160,7 +158,7 @@ def test_crashmail_does_not_mail_an_expected_exit(tmp_path: Path, inbox: SmtpInb
                 + listener('BIN/crashmail -m bob@example.com', 'PROCESS_STATE_EXITED', more='priority=1'))
     with start(tmp_path, sections) as supervisord:
         for name in ('expected', 'crashing'):
-            wait_for(lambda: 'exited: %s (exit status 3; ' % name in supervisord.log, name)
+            wait_for(lambda: f'exited: {name} (exit status 3; ' in supervisord.log, name)
         inbox.wait()
     assert list(read_bodies(inbox, 1)) == ['crashing crashed']
 
@@ -171,7 +169,7 @@ def test_storm_of_crashes(tmp_path: Path) -> None:
     inbox = CommandInbox(tmp_path)
     sections = ("[program:storm]\ncommand=sh -c 'read line < go; exit 1'\nnumprocs=120\nstartsecs=0\n"
                 'process_name=p%%(process_num)03d\nautorestart=false\nstdout_logfile=NONE\nredirect_stderr=true\n'
-                + listener('BIN/crashmail -m bob@example.com -s "sleep 0.05; %s"' % inbox.command,
+                + listener(f'BIN/crashmail -m bob@example.com -s "sleep 0.05; {inbox.command}"',
                            'PROCESS_STATE_EXITED', more='buffer_size=1000')).replace('%%', '%')
     names = ['p%03d' % number for number in range(120)]
     with start(tmp_path, sections) as supervisord:

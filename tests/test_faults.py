@@ -9,12 +9,22 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List
+from typing import Any, Callable, ContextManager, Iterator
 
 import pytest
-
 from support import (
-    ALL_LOST, Listener, Proxy, Supervisord, find_children, is_alive, read, read_until, serving, wait_for, write_script)
+    ALL_LOST,
+    Listener,
+    Proxy,
+    Supervisord,
+    find_children,
+    is_alive,
+    read,
+    read_until,
+    serving,
+    wait_for,
+    write_script,
+)
 
 LISTENERS = ['memmon', 'httpok']
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
@@ -40,8 +50,7 @@ def add_program(folder: Path, name: str, slow: float = 0) -> str:
     """Write a program that needs one restart, and return its section."""
     write_script(folder / (name + '.sh'), GROWING.replace('NAME', name).replace('SLOW', str(slow)).replace(
         'PYTHON', sys.executable))
-    return ('[program:%s]\ncommand=%%(here)s/%s.sh\ndirectory=%%(here)s\nstartsecs=0\nautorestart=false\n'
-            % (name, name))
+    return (f'[program:{name}]\ncommand=%(here)s/{name}.sh\ndirectory=%(here)s\nstartsecs=0\nautorestart=false\n')
 
 
 def count_starts(folder: Path, name: str = 'web') -> int:
@@ -55,7 +64,7 @@ class Rig:
         self.supervisord = supervisord
         self._port = health_port
 
-    def arguments(self, kind: str, *more: str) -> List[str]:
+    def arguments(self, kind: str, *more: str) -> list[str]:
         return {'memmon': ['memmon', '-a', '48MB', *more],
                 'httpok': ['httpok', '-a', '-t', '5', *more, 'http://127.0.0.1:%d/' % self._port]}[kind]
 
@@ -116,7 +125,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
                  'supervisord at URL does not answer getAllProcessInfo', id='process list'),
 ])
 @pytest.mark.parametrize('kind', LISTENERS)
-def test_lost_call(rig: Rig, tmp_path: Path, kind: str, rules: Dict[str, List[str]], told: str) -> None:
+def test_lost_call(rig: Rig, tmp_path: Path, kind: str, rules: dict[str, list[str]], told: str) -> None:
     rig.wait_until_grown()
     rules = {method: list(words) for method, words in rules.items()}
     with Proxy(tmp_path / 'p.sock', rig.supervisord.socket, rules) as proxy, \
@@ -159,7 +168,7 @@ def test_socket_that_is_gone_for_a_tick(rig: Rig, kind: str, fail: Callable[[Pat
     with rig.listen(kind) as listener:
         with fail(rig.supervisord.socket):
             listener.tick()
-        listener.wait_for_log('supervisord at %s does not answer getAllProcessInfo: %s' % (rig.supervisord.url, reason))
+        listener.wait_for_log(f'supervisord at {rig.supervisord.url} does not answer getAllProcessInfo: {reason}')
         assert listener.log.count('does not answer') == 1
         assert rig.supervisord.info('web')['pid'] == pid
         listener.tick()
@@ -282,7 +291,7 @@ def test_start_that_fails(tmp_path: Path, fail: Callable[[Path], None], reason: 
         rig.wait_until_grown('bad')
         program = tmp_path / 'bad.sh'
         text = program.read_text()
-        with rig.listen('memmon', '', '-m', 'bob@example.com', '-s', 'cat >> %s/mail' % tmp_path) as listener:
+        with rig.listen('memmon', '', '-m', 'bob@example.com', '-s', f'cat >> {tmp_path}/mail') as listener:
             fail(program)
             listener.tick()
             listener.wait_for_log('failed to start bad: ' + reason)
@@ -304,7 +313,7 @@ def test_start_that_fails(tmp_path: Path, fail: Callable[[Path], None], reason: 
         mail = read(tmp_path / 'mail')
         for subject, count in (('failed to start process bad', len(told)), ('process bad restarted', 1),
                                ('process web restarted', 1)):
-            assert mail.count('Subject: memmon: %s\n' % subject) == count
+            assert mail.count(f'Subject: memmon: {subject}\n') == count
 
 
 def test_process_that_its_operator_stops_during_the_check(rig: Rig, tmp_path: Path) -> None:
@@ -329,7 +338,7 @@ def test_process_that_its_operator_stops_during_the_check(rig: Rig, tmp_path: Pa
     (['startProcess'], 'RUNNING', 'restarted web'),
     (['startProcess', 'stopProcess'], 'STOPPED', 'left web alone: it is STOPPED by now'),
 ])
-def test_operator_takes_over_what_was_left_down(rig: Rig, tmp_path: Path, operator: List[str], state: str,
+def test_operator_takes_over_what_was_left_down(rig: Rig, tmp_path: Path, operator: list[str], state: str,
                                                 told: str) -> None:
     begun = rig.supervisord.info('web')['start']
     rig.wait_until_grown()
@@ -401,7 +410,7 @@ def test_signal_after_a_failed_start_tries_once_more(rig: Rig, tmp_path: Path, k
 
 @pytest.mark.parametrize('arguments', [
     ['memmon', '-p', 'web=1KB'], ['httpok', '-a', '-t', '0.2', 'http://127.0.0.1:1/']])
-def test_ticks_from_before_the_end_of_a_restart_are_skipped(tmp_path: Path, arguments: List[str]) -> None:
+def test_ticks_from_before_the_end_of_a_restart_are_skipped(tmp_path: Path, arguments: list[str]) -> None:
     with Supervisord(tmp_path, add_program(tmp_path, 'web', slow=1)) as supervisord:
         wait_for((tmp_path / 'web.ready').exists)
         supervisord.wait_for_state('web')
@@ -439,7 +448,7 @@ stderr_logfile=%(here)s/crashmail.log
 THREE = ['memmon', 'httpok', 'crashmail']
 
 
-def wait_until_listening(supervisord: Supervisord) -> Dict[str, int]:
+def wait_until_listening(supervisord: Supervisord) -> dict[str, int]:
     """Return the pids of the three listeners, all of which wait for an event."""
     pids = {name: supervisord.wait_for_state(name)['pid'] for name in THREE}
     wait_for(lambda: supervisord.log.count('-> READY') >= len(THREE), supervisord.log)
@@ -494,15 +503,15 @@ def test_supervisord_that_is_killed_leaves_no_listener(tmp_path: Path) -> None:
 @pytest.mark.parametrize('command', ['memmon -a 1KB', 'httpok -a -t 0.2 http://127.0.0.1:1/'])
 def test_pool_does_not_restart_itself(tmp_path: Path, command: str) -> None:
     """The pool's name comes first, so its processes would have been restarted before web."""
-    pool = ('[eventlistener:pool]\ncommand=BIN/%s\nevents=TICK_5\nnumprocs=2\n'
-            'process_name=%%(program_name)s_%%(process_num)d\n'
-            'stderr_logfile=%%(here)s/%%(process_num)d.log\n' % command)
+    pool = (f'[eventlistener:pool]\ncommand=BIN/{command}\nevents=TICK_5\nnumprocs=2\n'
+            'process_name=%(program_name)s_%(process_num)d\n'
+            'stderr_logfile=%(here)s/%(process_num)d.log\n')
     names = ['pool:pool_0', 'pool:pool_1']
     with Supervisord(tmp_path, pool + add_program(tmp_path, 'web')) as supervisord:
         pid = supervisord.wait_for_state('web')['pid']
         pids = [supervisord.wait_for_state(name)['pid'] for name in names]
         supervisord.wait_for_restart('web', pid)
         wait_for(lambda: 'restarted web' in read(tmp_path / '0.log') + read(tmp_path / '1.log'))
-        infos: List[Dict[str, Any]] = [supervisord.info(name) for name in names]
+        infos: list[dict[str, Any]] = [supervisord.info(name) for name in names]
         assert [(info['statename'], info['pid']) for info in infos] == [('RUNNING', known) for known in pids]
         assert 'pool_' not in read(tmp_path / '0.log') + read(tmp_path / '1.log')

@@ -18,20 +18,33 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Iterator, Sequence, Union
 from xmlrpc.server import SimpleXMLRPCServer
 
 import pytest
 import trustme
+from inbox import CommandInbox
+from support import (
+    C_LOCALE,
+    PYTHON,
+    TIMEOUT,
+    Listener,
+    Supervisord,
+    accept_all,
+    find_children,
+    is_alive,
+    read,
+    read_until,
+    run_by_hand,
+    serving,
+    wait_for,
+    write_script,
+)
 
 from superlance import __version__, httpok
 from superlance.listener import Ended, Event
 from superlance.options import Rate, read_argv
 from superlance.processes import RESTARTED, RUNNING, STARTING, STOPPED, Name, Outcome, Process
-from inbox import CommandInbox
-from support import (
-    C_LOCALE, PYTHON, TIMEOUT, Listener, Supervisord, accept_all, find_children, is_alive, read, read_until,
-    run_by_hand, serving, wait_for, write_script)
 
 Handler = Callable[[socket.socket], None]
 # What a server does with a connection whose request it has read.
@@ -85,7 +98,7 @@ def drip(head: bytes, end: bytes = b'') -> Handler:
     return answer
 
 
-def stream(head: bytes, piece: bytes, count: Optional[int] = None, end: bytes = b'') -> Handler:
+def stream(head: bytes, piece: bytes, count: int | None = None, end: bytes = b'') -> Handler:
     """Send head, then piece so many times, for a long time where no count is given, then the end."""
     def answer(client: socket.socket) -> None:
         client.sendall(head)
@@ -106,10 +119,10 @@ def reset(client: socket.socket) -> None:
 class Site:
     """A server that answers its requests with one answer after another; the last one stays."""
 
-    def __init__(self, *answers: Answer, tls: Optional[ssl.SSLContext] = None,
+    def __init__(self, *answers: Answer, tls: ssl.SSLContext | None = None,
                  family: int = socket.AF_INET, address: Any = ('127.0.0.1', 0)) -> None:
         self.answers = answers or (reply(),)
-        self.requests: List[str] = []
+        self.requests: list[str] = []
         self._tls = tls
         self._serving = serving(self.serve, family, address)
 
@@ -149,12 +162,12 @@ def build(*argv: str) -> httpok.Options:
     return httpok.build_options(*read_argv(argv, httpok.OPTIONS))
 
 
-def check(*argv: str, resolver: Optional[httpok.Resolver] = None) -> httpok.Verdict:
+def check(*argv: str, resolver: httpok.Resolver | None = None) -> httpok.Verdict:
     """Check a URL with options, and return the verdict."""
     return httpok.check(build(*argv), resolver or httpok.Resolver())[1]
 
 
-def check_site(answer: Answer, *argv: str, tls: Optional[ssl.SSLContext] = None) -> httpok.Verdict:
+def check_site(answer: Answer, *argv: str, tls: ssl.SSLContext | None = None) -> httpok.Verdict:
     with Site(answer, tls=tls) as site:
         return check(*argv, site.url())
 
@@ -162,7 +175,7 @@ def check_site(answer: Answer, *argv: str, tls: Optional[ssl.SSLContext] = None)
 GOOD = httpok.Verdict('', '')
 
 
-def mail_to(inbox: CommandInbox) -> List[str]:
+def mail_to(inbox: CommandInbox) -> list[str]:
     """Return the options that send all mail to an inbox."""
     return ['-m', 'bob@example.com', '-s', inbox.command]
 
@@ -172,7 +185,7 @@ def inbox(tmp_path: Path) -> CommandInbox:
     return CommandInbox(tmp_path)
 
 
-def run_once(*arguments: str, folder: Optional[Path] = None, **environment: str) -> Tuple[int, str, str]:
+def run_once(*arguments: str, folder: Path | None = None, **environment: str) -> tuple[int, str, str]:
     """Run `httpok --once`; return its exit status and what it printed."""
     run = run_by_hand('httpok', '--once', *arguments, folder=folder, **environment)
     return run.returncode, run.stdout, run.stderr
@@ -195,7 +208,7 @@ def run_once(*arguments: str, folder: Optional[Path] = None, **environment: str)
     ('http://[fe80::1%25eth0]/', (False, 'fe80::1%eth0', 80, '/', '[fe80::1]')),
     ('http://bücher.example/', (False, 'xn--bcher-kva.example', 80, '/', 'xn--bcher-kva.example')),
 ])
-def test_parse_url(text: str, expected: Tuple[Any, ...]) -> None:
+def test_parse_url(text: str, expected: tuple[Any, ...]) -> None:
     target = httpok.parse_url(text)
     assert target[:5] == expected
     assert (target.authorization, target.shown) == (None, text)
@@ -208,13 +221,13 @@ def test_parse_url(text: str, expected: Tuple[Any, ...]) -> None:
     ('bob:@', b'bob:', 'bob:***@'),
     ('b%40b:p%3Aw%20%2Fd@', b'b@b:p:w /d', 'b%40b:***@'),
     ('bob:s@cret@', b'bob:s@cret', 'bob:***@'),
-    ('bob:grün@', 'bob:grün'.encode('utf-8'), 'bob:***@'),
+    ('bob:grün@', 'bob:grün'.encode(), 'bob:***@'),
     ('bob:%E9@', b'bob:\xe9', 'bob:***@'),
 ])
 def test_parse_url_with_a_user(user: str, pair: bytes, shown: str) -> None:
-    target = httpok.parse_url('http://%slocalhost:8080/a' % user)
+    target = httpok.parse_url(f'http://{user}localhost:8080/a')
     assert target.authorization == 'Basic ' + base64.b64encode(pair).decode()
-    assert target.shown == 'http://%slocalhost:8080/a' % shown
+    assert target.shown == f'http://{shown}localhost:8080/a'
     assert (target.host, target.port, target.host_header) == ('localhost', 8080, 'localhost:8080')
 
 
@@ -267,7 +280,7 @@ def test_parse_status_of_a_bad_one(text: str) -> None:
     ('X-Empty:', ('X-Empty', '')),
     ("!#$%&'*+-.^_`|~09aZ: grün ", ("!#$%&'*+-.^_`|~09aZ", 'grün')),
 ])
-def test_parse_header(text: str, expected: Tuple[str, str]) -> None:
+def test_parse_header(text: str, expected: tuple[str, str]) -> None:
     assert httpok.parse_header(text) == expected
 
 
@@ -337,14 +350,14 @@ USAGE_ERRORS = [
     (['-m', 'bob smith', 'http://a/'], "option -m: 'bob smith' is not a mail address"),
     (['--cafile=/nonexistent', 'https://a/'],
      "option --cafile: '/nonexistent' can not be used: No such file or directory; name a file of certificates in PEM"),
-    (['--cafile=%s' % __file__, 'https://a/'], "option --cafile: '%s' can not be used: " % __file__),
+    ([f'--cafile={__file__}', 'https://a/'], f"option --cafile: '{__file__}' can not be used: "),
     (['--nonsense', 'http://a/'], 'option --nonsense not recognized'),
     (['http://a/', '-p'], 'option -p requires argument'),
 ]
 
 
 @pytest.mark.parametrize('argv, reason', USAGE_ERRORS)
-def test_usage_errors(argv: List[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert httpok.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ''
@@ -354,8 +367,8 @@ def test_usage_errors(argv: List[str], reason: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize('argv, expected', [
-    (['--help'], httpok.__doc__), (['-h', '--bad'][:1], httpok.__doc__), (['--version'], 'httpok %s\n' % __version__)])
-def test_help_and_version(argv: List[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (['--help'], httpok.__doc__), (['-h', '--bad'][:1], httpok.__doc__), (['--version'], f'httpok {__version__}\n')])
+def test_help_and_version(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert httpok.main(argv) == 0
     assert capsys.readouterr() == (expected, '')
 
@@ -382,8 +395,8 @@ def make_reply(status: int = 200, reason: str = 'OK', has_text: bool = True) -> 
     (make_reply(has_text=False), [200], 'gr\nün', ('bad body returned', "the body does not contain 'gr\\nün'")),
     (httpok.CheckFailed('no reply: nobody there'), [200], 'x', ('bad status returned', 'no reply: nobody there')),
 ])
-def test_judge(got: Union[httpok.Reply, httpok.CheckFailed], statuses: List[int], body: Optional[str],
-               expected: Tuple[str, str]) -> None:
+def test_judge(got: httpok.Reply | httpok.CheckFailed, statuses: list[int], body: str | None,
+               expected: tuple[str, str]) -> None:
     assert httpok.judge(got, frozenset(statuses), body) == expected
 
 
@@ -405,14 +418,14 @@ def test_make_file_name(title: str, expected: str) -> None:
     ('ok', None, {b'ok'}),
     ('grün', 'latin-1', {b'gr\xc3\xbcn', b'gr\xfcn'}),
     ('grün', 'utf-16', {b'gr\xc3\xbcn', 'grün'.encode('utf-16'), b'g\0r\0\xfc\0n\0', b'\0g\0r\0\xfc\0n'}),
-    ('日本', 'latin-1', {'日本'.encode('utf-8')}),
+    ('日本', 'latin-1', {'日本'.encode()}),
     ('grün', 'nonsense', {b'gr\xc3\xbcn'}),
     ('grün', 'hex', {b'gr\xc3\xbcn'}),
     ('grün', 'utf-8\0', {b'gr\xc3\xbcn'}),
     ('gr\udcfcn', 'utf-8', {b'gr\xfcn'}),
     ('\xad', 'idna', {b'\xc2\xad'}),
 ])
-def test_encode_text(text: str, charset: Optional[str], expected: Set[bytes]) -> None:
+def test_encode_text(text: str, charset: str | None, expected: set[bytes]) -> None:
     assert set(httpok.encode_text(text, charset)) == expected
 
 
@@ -424,7 +437,7 @@ def test_encode_text(text: str, charset: Optional[str], expected: Set[bytes]) ->
      [('host', 'b'), ('USER-AGENT', 'me'), ('Accept', 'text/html'), ('Accept', 'text/plain'),
       ('accept-encoding', 'gzip'), ('Connection', 'keep-alive'), ('authorization', 'Bearer x')]),
 ])
-def test_make_headers(argv: List[str], expected: List[Tuple[str, str]]) -> None:
+def test_make_headers(argv: list[str], expected: list[tuple[str, str]]) -> None:
     assert httpok.make_headers(build(*argv, 'http://b:p@a:81/')) == expected
 
 
@@ -450,7 +463,7 @@ def test_describe_watched(process: Process, failed: bool, expected: str) -> None
 TEXT = ['-b', 'fine']
 UTF_8, LATIN_1 = ('Content-Type: text/html; charset=' + name for name in ('utf-8', 'ISO-8859-1'))
 
-GOOD_REPLIES: Dict[str, Tuple[Answer, List[str]]] = {
+GOOD_REPLIES: dict[str, tuple[Answer, list[str]]] = {
     'plain': (reply(), []),
     'body': (reply(b'all is fine.'), TEXT),
     'empty body': (reply(b''), []),
@@ -474,9 +487,9 @@ GOOD_REPLIES: Dict[str, Tuple[Answer, List[str]]] = {
     'chunks with extensions and a trailer': (chunked(end=b'4;x=y\r\nfine\r\n0\r\nX: y\r\n\r\n'), TEXT),
     'text across pieces': (reply(b'x' * (64 * 1024 - 2) + b'fine'), TEXT),
     'text at the end of much': (reply(b'x' * 3000000 + b'fine'), TEXT),
-    'non-ASCII in UTF-8': (reply('grün'.encode('utf-8'), UTF_8), ['-b', 'grün']),
-    'non-ASCII in UTF-8, not told': (reply('grün'.encode('utf-8')), ['-b', 'grün']),
-    'non-ASCII in UTF-8, told otherwise': (reply('grün'.encode('utf-8'), LATIN_1), ['-b', 'grün']),
+    'non-ASCII in UTF-8': (reply('grün'.encode(), UTF_8), ['-b', 'grün']),
+    'non-ASCII in UTF-8, not told': (reply('grün'.encode()), ['-b', 'grün']),
+    'non-ASCII in UTF-8, told otherwise': (reply('grün'.encode(), LATIN_1), ['-b', 'grün']),
     'non-ASCII in the charset': (reply('grün'.encode('latin-1'), LATIN_1), ['-b', 'grün']),
     'the charset in quotes': (reply('日本'.encode('euc-jp'), 'content-type: text/x; charset="EUC-JP"'), ['-b', '日本']),
     'UTF-16': (reply('ist grün'.encode('utf-16-be'), 'Content-Type: text/html; charset=UTF-16'), ['-b', 'grün']),
@@ -508,7 +521,7 @@ def test_good_reply(name: str) -> None:
     assert check_site(answer, *argv) == GOOD
 
 
-BAD_REPLIES: Dict[str, Tuple[Answer, List[str], str]] = {
+BAD_REPLIES: dict[str, tuple[Answer, list[str], str]] = {
     'status': (reply(status='404 Not Here'), [], 'status 404 Not Here where 200 was expected'),
     'switching protocols': (make_head(status='101 Switching Protocols'), [],
                             'status 101 Switching Protocols where 200 was expected'),
@@ -584,7 +597,7 @@ def test_the_status_line_of_a_reply_is_cut_and_made_printable() -> None:
 
 # The check: the request.
 
-def ask(*argv: str, path: str = '/', user: str = '') -> List[str]:
+def ask(*argv: str, path: str = '/', user: str = '') -> list[str]:
     """Check a good server and return the lines of the request."""
     with Site() as site:
         assert check(*argv, site.url(path, user=user)) == GOOD
@@ -605,7 +618,7 @@ def test_the_request_has_basic_authentication() -> None:
 def test_the_request_has_the_headers_of_the_options() -> None:
     lines = ask('--header=Host: a.example', '--header=X-Grün: x'.replace('ü', 'u'), '--header=X: grün')
     assert [line for line in lines if line.startswith('Host')] == ['Host: a.example']
-    assert lines[-2:] == ['X-Grun: x', 'X: ' + 'grün'.encode('utf-8').decode('latin-1')]
+    assert lines[-2:] == ['X-Grun: x', 'X: ' + 'grün'.encode().decode('latin-1')]
 
 
 def test_the_unix_socket_gets_the_host_of_the_url(tmp_path: Path) -> None:
@@ -613,8 +626,8 @@ def test_the_unix_socket_gets_the_host_of_the_url(tmp_path: Path) -> None:
     with Site(family=socket.AF_UNIX, address=path) as site:
         # http.client must not take the last of the address' groups for a port.
         for host in ('a.example', 'a.example:81', '[fd00::a]', '[::1]:8080'):
-            assert check('--unix-socket', path, 'http://%s/x' % host) == GOOD
-            assert site.requests[-1].startswith('GET /x HTTP/1.1\r\nHost: %s\r\n' % host)
+            assert check('--unix-socket', path, f'http://{host}/x') == GOOD
+            assert site.requests[-1].startswith(f'GET /x HTTP/1.1\r\nHost: {host}\r\n')
 
 
 def test_gunicorn_on_a_unix_socket(tmp_path: Path) -> None:
@@ -626,9 +639,9 @@ def test_gunicorn_on_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / 'g.sock'
     argv = ['--unix-socket', str(path), 'http://a.example/health']
     gunicorn = subprocess.Popen(
-        [PYTHON, '-m', 'gunicorn', '--bind', 'unix:%s' % path, '--worker-tmp-dir', str(tmp_path), 'app:app'],
+        [PYTHON, '-m', 'gunicorn', '--bind', f'unix:{path}', '--worker-tmp-dir', str(tmp_path), 'app:app'],
         cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    workers: List[int] = []
+    workers: list[int] = []
     try:
         # It is not there yet, and waited for.
         assert check('-t', '30', '-b', 'host a.example path /health', *argv) == GOOD
@@ -685,11 +698,11 @@ def test_localhost() -> None:
         assert check(site.url(host='localhost')) == GOOD
 
 
-def resolve_by(monkeypatch: pytest.MonkeyPatch, look_up: Callable[[], List[Tuple[int, Any]]]) -> None:
+def resolve_by(monkeypatch: pytest.MonkeyPatch, look_up: Callable[[], list[tuple[int, Any]]]) -> None:
     """Let look_up find the addresses of all names; addresses are their own."""
     real = socket.getaddrinfo
 
-    def getaddrinfo(host: str, port: int, *args: Any, **options: Any) -> List[Any]:
+    def getaddrinfo(host: str, port: int, *args: Any, **options: Any) -> list[Any]:
         if options.get('flags', 0) & socket.AI_NUMERICHOST:
             return list(real(host, port, *args, **options))
         return [(family, socket.SOCK_STREAM, 6, '', address) for family, address in look_up()]
@@ -729,7 +742,7 @@ def test_an_address_that_swallows_packets_leaves_time_for_the_others(monkeypatch
 
 
 def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look_up() -> List[Tuple[int, Any]]:
+    def look_up() -> list[tuple[int, Any]]:
         raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
     resolve_by(monkeypatch, look_up)
     assert check('http://a.example/') == ('bad status returned', 'no reply: Name or service not known')
@@ -745,7 +758,7 @@ class SlowResolver:
         self._port = port
         resolve_by(monkeypatch, self._look_up)
 
-    def _look_up(self) -> List[Tuple[int, Any]]:
+    def _look_up(self) -> list[tuple[int, Any]]:
         self.calls += 1
         self.may.wait(TIMEOUT)
         if self._failures:
@@ -778,9 +791,9 @@ def test_a_failure_of_an_earlier_lookup_does_not_fail_a_check(monkeypatch: pytes
         assert slow.calls == 2
 
 
-def on_pause(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> List[float]:
+def on_pause(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> list[float]:
     """Do something where the check pauses, in place of the first pause; return the seconds of the pauses."""
-    pauses: List[float] = []
+    pauses: list[float] = []
 
     def sleep(seconds: float) -> None:
         if not pauses:
@@ -900,7 +913,7 @@ def cafile(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> s
     return str(path)
 
 
-def make_tls(authority: trustme.CA, *names: str, not_after: Optional[datetime] = None) -> ssl.SSLContext:
+def make_tls(authority: trustme.CA, *names: str, not_after: datetime | None = None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate = authority.issue_cert(*(names or ('127.0.0.1', 'localhost')), not_after=not_after)
     certificate.configure_cert(context)
@@ -1002,7 +1015,7 @@ def find_peak_kib(*argv: str) -> int:
     (chunked(end=b'fffffff\r\n'), b'x' * 2 ** 20, b'fine', TEXT),
     (make_head(), b'x' * 2 ** 20, b'', []),
 ], ids=['until the end', 'in chunks', 'in one chunk', 'without -b'])
-def test_memory_does_not_grow_with_the_body(head: bytes, piece: bytes, end: bytes, argv: List[str]) -> None:
+def test_memory_does_not_grow_with_the_body(head: bytes, piece: bytes, end: bytes, argv: list[str]) -> None:
     with Site(stream(head, piece, 1, end), stream(head, piece, 64, end)) as site:
         small, large = (find_peak_kib(*argv, site.url()) for _ in range(2))
         assert len(site.requests) == 2
@@ -1023,7 +1036,7 @@ def test_good_checks_are_silent(inbox: CommandInbox) -> None:
 def test_good_checks_are_told_on_demand() -> None:
     with Site() as site, Listener(['httpok', '-v', site.url('/x')]) as listener:
         listener.tick()
-        assert re.search(r' httpok: %s: status 200 in \d+\.\d{3} s\n' % re.escape(site.url('/x')),
+        assert re.search(r' httpok: {}: status 200 in \d+\.\d{{3}} s\n'.format(re.escape(site.url('/x'))),
                          listener.wait_for_log('status 200'))
         assert listener.close() == 0
 
@@ -1046,7 +1059,7 @@ def test_only_ticks_are_served() -> None:
     (['--name', 'w\nBcc: eve', *TEXT], reply(), 'httpok [w | Bcc: eve]: URL: bad body returned', 'does not contain'),
     (['-t', SHORT], hang, 'httpok: URL: bad status returned', 'no complete reply within 0.4 s'),
 ])
-def test_mail_only(argv: List[str], answer: Answer, subject: str, text: str, inbox: CommandInbox) -> None:
+def test_mail_only(argv: list[str], answer: Answer, subject: str, text: str, inbox: CommandInbox) -> None:
     with Site(answer) as site, Listener(['httpok', *argv, *mail_to(inbox), site.url()]) as listener:
         listener.tick()
         listener.tick()
@@ -1086,7 +1099,7 @@ def test_a_hostile_reason_phrase_stays_one_line_of_log_and_mail(inbox: CommandIn
     ([500, 500, 200, 500, 500, 500], 6, 1),
     ([500, 500, 500, 500], 4, 2),   # nothing was restarted, so the count goes on
 ])
-def test_failures_in_a_row(answers: List[int], checks: int, mails: int, inbox: CommandInbox) -> None:
+def test_failures_in_a_row(answers: list[int], checks: int, mails: int, inbox: CommandInbox) -> None:
     argv = ['httpok', '--failures=3', *mail_to(inbox)]
     with Site(*[reply(status='%d x' % status) for status in answers]) as site, \
             Listener([*argv, site.url()]) as listener:
@@ -1112,7 +1125,7 @@ def assert_no_secret(text: str) -> None:
 def test_the_password_of_the_url_is_never_told(answer: bytes, tmp_path: Path, inbox: CommandInbox) -> None:
     argv = ['-b', 'fine', '-p', 'web']
     with Site(answer) as site:
-        url = site.url(user='bob:%s@' % SECRET)
+        url = site.url(user=f'bob:{SECRET}@')
         with Listener(['httpok', '-v', *argv, *mail_to(inbox), url]) as listener:
             listener.tick()
             assert listener.close() == 0
@@ -1142,7 +1155,7 @@ def test_nothing_is_restarted_where_supervisord_does_not_answer(inbox: CommandIn
         assert listener.close() == 0
         assert 'nothing is restarted: supervisord at unix:///nonexistent/supervisor.sock' in listener.log
     mail, = inbox.mails
-    assert mail['Subject'] == 'httpok: %s: bad status returned' % site.url()
+    assert mail['Subject'] == f'httpok: {site.url()}: bad status returned'
     assert 'nothing is restarted: supervisord at ' in mail.get_content()
 
 
@@ -1150,7 +1163,7 @@ def test_nothing_is_restarted_where_supervisord_does_not_answer(inbox: CommandIn
 def test_where_it_can_not_tell_who_runs_it_does_not_check(option: str) -> None:
     with Site() as site, Listener(['httpok', '-p', 'web', option, site.url()]) as listener:
         listener.tick()
-        listener.wait_for_log('unable to ask which processes run, so %s is not checked: ' % site.url())
+        listener.wait_for_log(f'unable to ask which processes run, so {site.url()} is not checked: ')
         assert site.requests == []
         assert listener.close() == 0
 
@@ -1175,9 +1188,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisord]:
         yield supervisord
 
 
-def find_pids(supervisord: Supervisord) -> Dict[str, int]:
+def find_pids(supervisord: Supervisord) -> dict[str, int]:
     """Return the pids of all processes that are RUNNING."""
-    return {'%s:%s' % (info['group'], info['name']): info['pid'] for info in supervisord.rpc.getAllProcessInfo()
+    return {'{}:{}'.format(info['group'], info['name']): info['pid'] for info in supervisord.rpc.getAllProcessInfo()
             if info['statename'] == 'RUNNING'}
 
 
@@ -1201,16 +1214,16 @@ class Watch:
     def log(self) -> str:
         return self.listener.log
 
-    def tick(self) -> Set[str]:
+    def tick(self) -> set[str]:
         """Serve a tick and return what has another pid since the last one."""
         self.listener.tick()
         return self.find_restarted()
 
-    def find_restarted(self) -> Set[str]:
+    def find_restarted(self) -> set[str]:
         before, self._pids = self._pids, find_pids(self._supervisord)
         return {name for name in {*before, *self._pids} if before.get(name) != self._pids.get(name)}
 
-    def close(self) -> List[Tuple[str, str]]:
+    def close(self) -> list[tuple[str, str]]:
         """End it and return the subjects and texts of its mails."""
         assert self.listener.close() == 0
         return [(mail['Subject'], mail.get_content()) for mail in self._inbox.mails]
@@ -1220,8 +1233,8 @@ def test_a_process_that_hangs_is_restarted(shared: Supervisord, tmp_path: Path) 
     with Site(hang) as site, Watch(shared, tmp_path, '-p', 'web', '-t', SHORT, site.url()) as watch:
         assert watch.tick() == {'web:web'}
         (subject, text), = watch.close()
-    assert subject == 'httpok: %s: bad status returned' % site.url()
-    assert text.startswith('%s\n\nno complete reply within 0.4 s\nrestarted web\n' % site.url())
+    assert subject == f'httpok: {site.url()}: bad status returned'
+    assert text.startswith(f'{site.url()}\n\nno complete reply within 0.4 s\nrestarted web\n')
     assert ' httpok: restarted web\n' in watch.log
 
 
@@ -1237,12 +1250,12 @@ def test_a_process_that_hangs_is_restarted(shared: Supervisord, tmp_path: Path) 
     (['-p', 'web:front'], 'listener', set()),
     (['-p', 'idle'], 'listener', set()),            # only what is RUNNING
 ])
-def test_which_processes_are_restarted(argv: List[str], group: str, restarted: Set[str], shared: Supervisord,
+def test_which_processes_are_restarted(argv: list[str], group: str, restarted: set[str], shared: Supervisord,
                                        tmp_path: Path) -> None:
     with Site(FAILING) as site, Watch(shared, tmp_path, *argv, site.url(), group=group) as watch:
         assert watch.tick() == restarted
         (subject, text), = watch.close()
-    assert subject == 'httpok: %s: bad status returned' % site.url()
+    assert subject == f'httpok: {site.url()}: bad status returned'
     assert ('nothing is restarted: no watched process is RUNNING' in text) == (not restarted)
     for name in restarted:
         program, _, process = name.partition(':')
@@ -1261,7 +1274,7 @@ def test_not_eager(shared: Supervisord, tmp_path: Path) -> None:
     with Site(FAILING) as site:
         with Watch(shared, tmp_path, '-E', '-v', '-p', 'idle', site.url()) as watch:
             watch.tick()
-            watch.listener.wait_for_log('%s is not checked: no watched process is RUNNING' % site.url())
+            watch.listener.wait_for_log(f'{site.url()} is not checked: no watched process is RUNNING')
             assert (site.requests, watch.close()) == ([], [])
         for flags in (['-E'], ['-e', '-E']):    # the last one holds
             with Watch(shared, tmp_path, *flags, '-p', 'idle', site.url()) as watch:
@@ -1337,7 +1350,7 @@ def test_dry_run(shared: Supervisord, tmp_path: Path) -> None:
     with Site(FAILING) as site, Watch(shared, tmp_path, '--dry-run', '--failures=2', '-p', 'web', site.url()) as watch:
         assert [watch.tick() for _ in range(6)] == [set()] * 6
         (subject, text), = watch.close()    # told once
-    assert subject == 'httpok: %s: bad status returned' % site.url()
+    assert subject == f'httpok: {site.url()}: bad status returned'
     assert 'dry run: would have restarted web\n' in text
     assert watch.log.count('dry run: would have restarted web\n') == 1
 
@@ -1356,7 +1369,7 @@ def test_a_process_that_can_not_be_started_is_started_later(tmp_path: Path) -> N
     program = write_script(tmp_path / 'program', 'echo up > up\nexec sleep 10000\n')
     backup = tmp_path / 'backup'
     shutil.copy(str(program), str(backup))
-    section = '[program:web]\ncommand=%s\ndirectory=%%(here)s\nstartsecs=0\nautorestart=false\n' % program
+    section = f'[program:web]\ncommand={program}\ndirectory=%(here)s\nstartsecs=0\nautorestart=false\n'
     with Supervisord(tmp_path, section) as supervisord, Site(FAILING, reply()) as site:
         pid = supervisord.wait_for_state('web')['pid']
         with Watch(supervisord, tmp_path, '-p', 'web', site.url()) as watch:
@@ -1370,13 +1383,13 @@ def test_a_process_that_can_not_be_started_is_started_later(tmp_path: Path) -> N
             watch.tick()
             supervisord.wait_for_restart('web', pid)
             subjects = [subject for subject, _ in watch.close()]
-    assert subjects[0] == 'httpok: %s: bad status returned' % site.url()
-    assert subjects[-1] == 'httpok: %s: process web restarted' % site.url()
+    assert subjects[0] == f'httpok: {site.url()}: bad status returned'
+    assert subjects[-1] == f'httpok: {site.url()}: process web restarted'
 
 
 def test_a_process_that_somebody_removed_is_not_mailed(tmp_path: Path) -> None:
     program = write_script(tmp_path / 'program', 'echo up > up\nexec sleep 10000\n')
-    section = '[program:web]\ncommand=%s\ndirectory=%%(here)s\nstartsecs=0\nautorestart=false\n' % program
+    section = f'[program:web]\ncommand={program}\ndirectory=%(here)s\nstartsecs=0\nautorestart=false\n'
     with Supervisord(tmp_path, section) as supervisord, Site(FAILING, reply()) as site:
         supervisord.wait_for_state('web')
         with Watch(supervisord, tmp_path, '-p', 'web', site.url()) as watch:
@@ -1396,7 +1409,7 @@ class Pretender:
     """The part of supervisord's XML-RPC interface that tells uptimes, and restarts in no time."""
 
     def __init__(self, **uptimes: int) -> None:
-        self.calls: List[str] = []
+        self.calls: list[str] = []
         self._infos = {name: self._make_info(name, uptime) for name, uptime in uptimes.items()}
         self._server = SimpleXMLRPCServer(('127.0.0.1', 0), logRequests=False)
         self._server.register_function(lambda: list(self._infos.values()), 'supervisor.getAllProcessInfo')
@@ -1405,7 +1418,7 @@ class Pretender:
         self._server.register_function(lambda spec: self._note('start ' + spec), 'supervisor.startProcess')
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
-    def __enter__(self) -> Dict[str, str]:
+    def __enter__(self) -> dict[str, str]:
         self._thread.start()
         return {'SUPERVISOR_SERVER_URL': 'http://127.0.0.1:%d' % self._server.server_address[1]}
 
@@ -1414,7 +1427,7 @@ class Pretender:
         self._server.server_close()
         self._thread.join(TIMEOUT)
 
-    def _make_info(self, name: str, uptime: int) -> Dict[str, Any]:
+    def _make_info(self, name: str, uptime: int) -> dict[str, Any]:
         return dict(group=name, name=name, pid=100, state=RUNNING, statename='RUNNING', start=1000, now=1000 + uptime,
                     spawnerr='')
 
@@ -1433,14 +1446,14 @@ class Pretender:
     (['-p', 'nobody'], dict(web=1), True, []),
     ([], dict(web=1), True, []),
 ])
-def test_grace(argv: List[str], uptimes: Dict[str, int], asked: bool, calls: List[str]) -> None:
+def test_grace(argv: list[str], uptimes: dict[str, int], asked: bool, calls: list[str]) -> None:
     pretender = Pretender(**uptimes)
     with pretender as environment, Site(FAILING) as site, \
             Listener(['httpok', '-v', '--grace=1m', *argv, site.url()], environment) as listener:
         listener.tick()
         assert listener.close() == 0
         assert (len(site.requests), pretender.calls) == (int(asked), calls)
-        assert ('%s is not checked: the watched processes have run for less than 60 s' % site.url()
+        assert (f'{site.url()} is not checked: the watched processes have run for less than 60 s'
                 in listener.log) == (not asked)
         assert ('left api alone: it has run for 59 s, and its grace is 60 s' in listener.log) == (
             uptimes.get('api') == 59 and asked)
@@ -1466,13 +1479,13 @@ def test_the_command_for_cores(shared: Supervisord, tmp_path: Path) -> None:
     script = write_script(tmp_path / 'my gcore', 'printf "%s|" "$@"\necho\necho done >&2\n')
     pid = shared.info('site:front')['pid']
     with Site(FAILING) as site, Watch(
-            shared, tmp_path, '-p', 'front', '-d', '/the cores', '-g', '"%s" -x "a  b" \'$HOME\'' % script,
+            shared, tmp_path, '-p', 'front', '-d', '/the cores', '-g', f'"{script}" -x "a  b" \'$HOME\'',
             site.url()) as watch:
         assert watch.tick() == {'site:front'}
         (_, text), = watch.close()
     expected = '-x|a  b|$HOME|/the cores/site:front|%d|' % pid
-    assert ' httpok: wrote a core of site:front: %s | done\n' % expected in watch.log
-    assert '\nwrote a core of site:front:\n%s\ndone\nrestarted site:front\n' % expected in text
+    assert f' httpok: wrote a core of site:front: {expected} | done\n' in watch.log
+    assert f'\nwrote a core of site:front:\n{expected}\ndone\nrestarted site:front\n' in text
 
 
 def test_a_core_that_can_not_be_written_does_not_keep_from_the_restart(shared: Supervisord, tmp_path: Path) -> None:
@@ -1490,7 +1503,7 @@ def test_a_command_for_cores_that_hangs_does_not_keep_from_the_restart(
     monkeypatch.setattr(httpok, 'GCORE_TIMEOUT_SECONDS', 0.2)
     listener = make_listener('-d', str(tmp_path), '-g', str(write_script(tmp_path / 'gcore', 'exec sleep 600\n')))
     listener._dump_core(make_running(1, 2))
-    assert capfd.readouterr().err.endswith('%s/web 7: did not end in time\n' % tmp_path)
+    assert capfd.readouterr().err.endswith(f'{tmp_path}/web 7: did not end in time\n')
 
 
 def test_a_signal_ends_the_command_for_cores(shared: Supervisord, tmp_path: Path, inbox: CommandInbox) -> None:
@@ -1506,7 +1519,7 @@ def test_a_signal_ends_the_command_for_cores(shared: Supervisord, tmp_path: Path
         assert not is_alive(pid)
         assert watch.find_restarted() == set()
     mail, = inbox.mails
-    assert mail['Subject'] == 'httpok: %s: bad status returned' % site.url()
+    assert mail['Subject'] == f'httpok: {site.url()}: bad status returned'
 
 
 def test_no_cores_in_a_dry_run(shared: Supervisord, tmp_path: Path) -> None:
@@ -1525,10 +1538,10 @@ def test_odd_process_names_reach_no_shell_and_stay_in_the_directory(tmp_path: Pa
     script = write_script(tmp_path / 'gcore', 'touch "$1" && printf "%%s\\n" "$1" >> %s\n' % (tmp_path / 'written'))
     with Supervisord(tmp_path, ''.join(PROGRAM % name for name in names)) as supervisord, Site(FAILING) as site:
         for name in names:
-            supervisord.wait_for_state('%s:%s' % (name, name))
+            supervisord.wait_for_state(f'{name}:{name}')
         before = set(os.listdir(str(tmp_path)))
         with Watch(supervisord, tmp_path, '-a', '-d', str(cores), '-g', str(script), site.url()) as watch:
-            assert watch.tick() == {'%s:%s' % (name, name) for name in names}
+            assert watch.tick() == {f'{name}:{name}' for name in names}
             watch.close()
     written = read(tmp_path / 'written').splitlines()
     assert len(written) == len(names) and {os.path.dirname(path) for path in written} == {str(cores)}
@@ -1543,12 +1556,12 @@ def test_once() -> None:
     with Site(reply(b'fine', status='200 All Right')) as site:
         status, out, err = run_once('-b', 'fine', site.url('/x'))
     assert (status, err) == (0, '')
-    assert re.fullmatch(r"""url      %s
+    assert re.fullmatch(r"""url      {}
 status   200 All Right
-time     0\.\d{3} s
+time     0\.\d{{3}} s
 body     contains 'fine'
 verdict  ok
-""" % re.escape(site.url('/x')), re.sub(r'\d+(\.\d+ s)', r'0\1', out))
+""".format(re.escape(site.url('/x'))), re.sub(r'\d+(\.\d+ s)', r'0\1', out))
 
 
 @pytest.mark.parametrize('answer, argv, lines', [
@@ -1562,7 +1575,7 @@ verdict  ok
     (b'', TEXT, ['verdict  no reply: Remote end closed connection without response']),
     (hang, ['-t', SHORT], ['verdict  no complete reply within 0.4 s']),
 ])
-def test_once_that_finds_a_fault(answer: Answer, argv: List[str], lines: List[str]) -> None:
+def test_once_that_finds_a_fault(answer: Answer, argv: list[str], lines: list[str]) -> None:
     with Site(answer) as site:
         status, out, err = run_once(*argv, site.url())
     assert (status, err) == (1, '')
@@ -1570,13 +1583,13 @@ def test_once_that_finds_a_fault(answer: Answer, argv: List[str], lines: List[st
 
 
 def test_once_in_the_c_locale(tmp_path: Path) -> None:
-    with Site(reply('grün'.encode('utf-8'))) as site:
+    with Site(reply('grün'.encode())) as site:
         status, out, err = run_once('-b', 'grün', site.url(), folder=tmp_path, **C_LOCALE)
     assert (status, err) == (0, '')
     assert r"contains 'gr\xfcn'" in out
 
 
-def find_watched(text: str) -> List[str]:
+def find_watched(text: str) -> list[str]:
     return [re.sub(r'\(.*?\)', '()', line[9:]) for line in text.splitlines() if line.startswith('watched  ')]
 
 
@@ -1589,7 +1602,7 @@ def find_watched(text: str) -> List[str]:
     (['-p', 'site'], reply(), 1, [
         'no process is called site; there is a group of that name: for all its processes, write site:*']),
 ])
-def test_once_names_what_is_watched(argv: List[str], answer: Answer, status: int, watched: List[str],
+def test_once_names_what_is_watched(argv: list[str], answer: Answer, status: int, watched: list[str],
                                     shared: Supervisord) -> None:
     pids = find_pids(shared)
     with Site(answer) as site:
@@ -1637,7 +1650,7 @@ def test_a_late_restart_ends_the_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_start_in_the_future_is_not_one_during_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = make_listener('-a')
-    restarted: List[int] = []
+    restarted: list[int] = []
     monkeypatch.setattr(listener._restarter, 'restart', lambda process, prepare: restarted.append(process.start))
     running = [make_running(start, 1000) for start in (998, 999, 1000, 1001, 5000)]
     monkeypatch.setattr(listener, '_find_watched', lambda: running)
@@ -1668,7 +1681,7 @@ def test_grace_does_not_wait_for_a_clock_that_was_set_back() -> None:
 
 def test_late_restart_is_mailed_though_a_signal_ends_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = make_listener('-a', '-m', 'bob@example.com')
-    mails: List[str] = []
+    mails: list[str] = []
     monkeypatch.setattr(listener._outbox, 'put', lambda subject, body, server: mails.append(subject))
 
     def retry() -> bool:

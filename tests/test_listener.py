@@ -12,24 +12,32 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
+from support import C_LOCALE, PYTHON, TIMEOUT, is_alive, read, wait_for
 
 from superlance import listener
 from superlance.listener import (
-    CommandFailed, Event, ProtocolError, one_line, parse_tokens, printable, read_event, run_command, timestamp)
-from support import C_LOCALE, PYTHON, TIMEOUT, is_alive, read, wait_for
+    CommandFailed,
+    Event,
+    ProtocolError,
+    one_line,
+    parse_tokens,
+    printable,
+    read_event,
+    run_command,
+    timestamp,
+)
 
 
-def run_script(text: str, environment: Optional[Dict[str, str]] = None, **options: Any) -> subprocess.CompletedProcess[
+def run_script(text: str, environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[
         bytes]:
     """Run a Python script that has all of the module's names."""
     options.setdefault('stdin', subprocess.DEVNULL)
     return subprocess.run(
         [PYTHON, '-c', 'import os, signal, sys\nfrom superlance.listener import *\nfrom superlance import listener\n'
-         + text], env=dict(os.environ, **(environment or {})), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        timeout=TIMEOUT, check=False, **options)
+         + text], env=dict(os.environ, **(environment or {})), capture_output=True, timeout=TIMEOUT, check=False, **options)
 
 
 # Text.
@@ -102,7 +110,7 @@ def test_a_log_entry_is_a_line_on_stderr_in_utf_8_whatever_the_locale() -> None:
     "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)",
 ])
 def test_a_log_that_nobody_reads_ends_nothing(close: str) -> None:
-    done = run_script("log = make_log('memmon')\n%s\nlog('lost')\nprint('goes on')\n" % close)
+    done = run_script(f"log = make_log('memmon')\n{close}\nlog('lost')\nprint('goes on')\n")
     assert (done.returncode, done.stdout) == (0, b'goes on\n'), done.stderr
 
 
@@ -117,7 +125,7 @@ def test_a_log_that_nobody_reads_ends_nothing(close: str) -> None:
     ('word a:1  b:2 ', {'a': '1', 'b': '2'}),
     ('processname:größe', {'processname': 'größe'}),
 ])
-def test_tokens_are_split_at_spaces_and_first_colons(line: str, expected: Dict[str, str]) -> None:
+def test_tokens_are_split_at_spaces_and_first_colons(line: str, expected: dict[str, str]) -> None:
     assert parse_tokens(line) == expected
 
 
@@ -146,7 +154,7 @@ def make_event(payload: str, header: str = 'ver:3.0 server:sup eventname:TICK_5'
     return ('%s len:%d\n%s' % (header, len(payload), payload)).encode('utf-8', 'surrogateescape')
 
 
-def read_all(data: bytes, size: int = 4096) -> List[Event]:
+def read_all(data: bytes, size: int = 4096) -> list[Event]:
     events = make_events(data, size)
     return list(iter(lambda: read_event(events), None))
 
@@ -219,7 +227,7 @@ def test_whatever_comes_is_events_or_the_end_or_a_protocol_error() -> None:
     fds for fds in ((), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))], ids=str)
 def test_streams_taken_leave_nothing_of_the_protocol_at_0_1_and_2(closed: Sequence[int], tmp_path: Path) -> None:
     done = run_script('\n'.join((
-        'for fd in %r: os.close(fd)' % (closed,),
+        f'for fd in {closed!r}: os.close(fd)',
         'events, results = take_streams()',
         "report = open('report', 'w')",
         'null = os.stat(os.devnull).st_rdev',
@@ -372,11 +380,11 @@ TERMINATE = 'os.kill(os.getpid(), signal.SIGTERM)'
     (['1', '2'], 0, READY + RESULT + READY + RESULT + READY, b'[1][2][finish]'),
     ([TERMINATE, '2'], 0, READY, b'[%s][finish]' % TERMINATE.encode()),
     # An exception in a destructor goes nowhere, and the signal is not forgotten.
-    (['class Last:\n def __del__(self): %s\nLast()' % TERMINATE, '2'], 0, READY + RESULT, b'[finish]'),
+    ([f'class Last:\n def __del__(self): {TERMINATE}\nLast()', '2'], 0, READY + RESULT, b'[finish]'),
     # A fault of the program itself: supervisord is to see it.
     (['1/0', '2'], 1, READY, b'ZeroDivisionError: division by zero\n'),
 ])
-def test_the_loop(payloads: List[str], status: int, results: bytes, end: bytes) -> None:
+def test_the_loop(payloads: list[str], status: int, results: bytes, end: bytes) -> None:
     done = run_script(LOOP, {'SUPERVISOR_SERVER_URL': 'http://127.0.0.1:1', 'FINISH': TERMINATE},
                       stdin=None, input=b''.join(map(make_event, payloads)))
     assert (done.returncode, done.stdout) == (status, results), done.stderr
@@ -413,7 +421,7 @@ def test_the_loop_is_for_supervisord_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize('payload', [None, '1'])
-def test_nobody_to_hear_the_result_is_the_end(payload: Optional[str]) -> None:
+def test_nobody_to_hear_the_result_is_the_end(payload: str | None) -> None:
     """supervisord is gone with the end of stdout too."""
     out, hear = os.pipe()
     process = subprocess.Popen(
@@ -488,7 +496,7 @@ def within(seconds: float) -> Callable[[], float]:
     ('exec >&- 2>&-; sleep 0.3; wc -c >/dev/null', b'x' * 100000, b''),
     ('cat; sleep 0.2; echo', b'x' * 1000000, b'x' * 1000000 + b'\n'),
 ], ids=lambda value: repr(value)[:60])
-def test_a_command_s_output(command: Union[str, Sequence[str]], message: bytes, output: bytes) -> None:
+def test_a_command_s_output(command: str | Sequence[str], message: bytes, output: bytes) -> None:
     found = run_command(command, within(TIMEOUT), message)
     assert found == output, (len(found), found[-99:])
 
@@ -503,7 +511,7 @@ def test_a_command_s_output(command: Union[str, Sequence[str]], message: bytes, 
     ('/nonexistent/ps 2>/dev/null', '/nonexistent/ps 2>/dev/null: exit status 127'),
     ("printf '\\377\\033[2J'; false", "printf '\\377\\033[2J'; false: exit status 1: \ufffd\\x1b[2J"),
 ])
-def test_a_command_that_fails(command: Union[str, Sequence[str]], failure: str) -> None:
+def test_a_command_that_fails(command: str | Sequence[str], failure: str) -> None:
     with pytest.raises(CommandFailed) as error:
         run_command(command, within(TIMEOUT), b'message')
     assert str(error.value) == failure
@@ -528,7 +536,7 @@ def test_a_command_is_utf_8_in_any_locale() -> None:
 def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
     pids = tmp_path / 'pids'
     with pytest.raises(CommandFailed, match=r': did not end in time: starting$'):
-        run_command("echo starting; sleep 99 & echo $! >> '%s'; echo $$ >> '%s'; wait" % (pids, pids), within(1))
+        run_command(f"echo starting; sleep 99 & echo $! >> '{pids}'; echo $$ >> '{pids}'; wait", within(1))
     for pid in map(int, read(pids).split()):
         wait_for(lambda: not is_alive(pid))
     assert len(read(pids).split()) == 2
@@ -559,7 +567,7 @@ def test_a_command_that_floods_is_killed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_command_has_ended_where_a_child_of_it_lives_on(tmp_path: Path) -> None:
     pid = tmp_path / 'pid'
-    assert run_command("sleep 99 & echo $! > '%s'; printf all" % pid, within(TIMEOUT)) == b'all'
+    assert run_command(f"sleep 99 & echo $! > '{pid}'; printf all", within(TIMEOUT)) == b'all'
     child = int(read(pid))
     assert is_alive(child)
     os.kill(child, signal.SIGKILL)
@@ -567,7 +575,7 @@ def test_a_command_has_ended_where_a_child_of_it_lives_on(tmp_path: Path) -> Non
 
 def test_a_child_that_lives_on_and_talks_keeps_nobody(tmp_path: Path) -> None:
     pid = tmp_path / 'pid'
-    assert len(run_command("yes & echo $! > '%s'; printf all" % pid, within(TIMEOUT))) < listener.OUTPUT_LIMIT_BYTES
+    assert len(run_command(f"yes & echo $! > '{pid}'; printf all", within(TIMEOUT))) < listener.OUTPUT_LIMIT_BYTES
     # Nobody reads its output now, so the pipe's end ends it.
     wait_for(lambda: not is_alive(int(read(pid))))
 
@@ -581,7 +589,7 @@ def test_an_exception_meanwhile_kills_the_command(tmp_path: Path) -> None:
         return 9.0
 
     with pytest.raises(KeyError):
-        run_command("echo $$ > '%s'; sleep 99" % pid, seconds_left)
+        run_command(f"echo $$ > '{pid}'; sleep 99", seconds_left)
     assert not is_alive(int(read(pid)))
 
 
@@ -596,7 +604,7 @@ def test_a_command_that_can_not_be_killed_is_left(tmp_path: Path, monkeypatch: p
         patch.setattr(os, 'killpg', refuse)
         patch.setattr(listener, 'KILL_SECONDS', 0.1)
         with pytest.raises(CommandFailed, match='did not end in time'):
-            run_command("echo $$ > '%s'; exec sleep 99" % pid, lambda: 0.0 if read(pid).endswith('\n') else 9.0)
+            run_command(f"echo $$ > '{pid}'; exec sleep 99", lambda: 0.0 if read(pid).endswith('\n') else 9.0)
     left = int(read(pid))
     assert is_alive(left)
     os.kill(left, signal.SIGKILL)
@@ -617,7 +625,7 @@ def test_commands_leave_nothing_behind() -> None:
 
 def test_signal_while_a_command_is_being_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A signal after the fork must not leave the command behind: it is killed, and then the listener ends."""
-    started: List[int] = []
+    started: list[int] = []
     real = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
     def execute_child(process: Any, *arguments: Any) -> None:

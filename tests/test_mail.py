@@ -12,7 +12,7 @@ from email import message_from_bytes, policy
 from email.message import EmailMessage
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterator, List, Sequence
 
 import pytest
 import trustme
@@ -52,7 +52,7 @@ def no_password_around(monkeypatch: pytest.MonkeyPatch) -> None:
     ('smtp://bob%40example.com:%73%2f%3A%40%25@localhost', ('localhost', 25, False, 'bob@example.com', 's/:@%')),
     ('smtp://bob:s3%0d%0acret@localhost', ('localhost', 25, False, 'bob', 's3\r\ncret')),
 ])
-def test_parse_smtp(url: str, expected: Tuple[str, int, bool, str, str]) -> None:
+def test_parse_smtp(url: str, expected: tuple[str, int, bool, str, str]) -> None:
     assert mail.parse_smtp(url) == mail.SmtpServer(*expected)
 
 
@@ -92,8 +92,7 @@ def test_parse_smtp(url: str, expected: Tuple[str, int, bool, str, str]) -> None
 def test_parse_smtp_refuses(url: str, shown: str) -> None:
     with pytest.raises(ValueError) as why:
         mail.parse_smtp(url)
-    assert str(why.value) == ('%r is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...'
-                              % shown)
+    assert str(why.value) == (f'{shown!r} is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...')
 
 
 @pytest.mark.parametrize('url', ['smtp://b%C3%B6b:s3cret@localhost', 'smtp://bob:s3cr\xeat@localhost'])
@@ -133,7 +132,7 @@ def test_settings() -> None:
     (['--smtp', 'smtp://bob:s3cret@x:y'], r"option --smtp: 'smtp://\*\*\*@x:y' is not a mail server"),
     (['--from', 'a@b,c@d'], "option --from: 'a@b,c@d' is more than one mail address"),
 ])
-def test_wrong_settings(argv: List[str], complaint: str) -> None:
+def test_wrong_settings(argv: list[str], complaint: str) -> None:
     with pytest.raises(UsageError, match='^' + complaint):
         read_options(*argv)
 
@@ -146,7 +145,7 @@ HEADERS = ['To', 'Subject', 'Date', 'Message-ID', 'Auto-Submitted', 'Content-Typ
 
 
 def compose(subject: str = 'hello', body: str = 'a body\n', server: str = '', to: Sequence[str] = TO,
-            smtp: Optional[mail.SmtpServer] = None, sender: Optional[str] = None) -> bytes:
+            smtp: mail.SmtpServer | None = None, sender: str | None = None) -> bytes:
     """Return the bytes of a mail, after a look at what holds for all of them."""
     settings = mail.Settings(tuple(to), '', smtp, sender)
     data = mail.compose(settings, 'memmon', mail.Mail(subject, body, server, NOW, 0.0)).as_bytes()
@@ -163,7 +162,7 @@ def parse(data: bytes) -> EmailMessage:
     return message
 
 
-def split_body(message: EmailMessage) -> Tuple[str, str]:
+def split_body(message: EmailMessage) -> tuple[str, str]:
     """Return the text and the last line."""
     text, separator, origin = str(message.get_content()).replace('\r\n', '\n').rpartition('\n\n-- \n')
     assert separator
@@ -181,7 +180,7 @@ def test_message() -> None:
     assert message['Auto-Submitted'] == 'auto-generated'
     assert message.get_content_type() == 'text/plain' and message.get_content_charset() == 'utf-8'
     assert split_body(message) == ('line 1\n\n  line 3',
-                                   'memmon on %s, supervisor my supervisor\n' % socket.gethostname())
+                                   f'memmon on {socket.gethostname()}, supervisor my supervisor\n')
     assert parse(compose())['Message-ID'] == parse(compose())['Message-ID']     # of one mail, at every try
 
 
@@ -191,7 +190,7 @@ def test_message() -> None:
     (SERVER, None, 'memmon@here.example.com'),
     (SERVER, 'eve@example.com', 'eve@example.com'),
 ])
-def test_from(smtp: Optional[mail.SmtpServer], sender: Optional[str], expected: Optional[str],
+def test_from(smtp: mail.SmtpServer | None, sender: str | None, expected: str | None,
               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, 'gethostname', lambda: 'here.example.com')
     assert parse(compose(smtp=smtp, sender=sender))['From'] == expected
@@ -212,8 +211,8 @@ def test_host(name: str, domain: str, shown: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, 'gethostname', lambda: name)
     message = parse(compose(smtp=SERVER))
     assert message['From'] == 'memmon@' + domain
-    assert str(message['Message-ID']).endswith('@%s>' % domain)
-    assert split_body(message)[1] == 'memmon on %s\n' % shown
+    assert str(message['Message-ID']).endswith(f'@{domain}>')
+    assert split_body(message)[1] == f'memmon on {shown}\n'
 
 
 @pytest.mark.parametrize('subject, expected', [
@@ -265,7 +264,7 @@ def test_subject(subject: str, expected: str) -> None:
     ('\U0001f600' * 5000 + '\n.\n', '\U0001f600' * 5000 + '\n.'),
 ])
 @pytest.mark.parametrize('smtp', [None, SERVER])
-def test_body(body: str, expected: str, smtp: Optional[mail.SmtpServer]) -> None:
+def test_body(body: str, expected: str, smtp: mail.SmtpServer | None) -> None:
     data = compose(body=body, smtp=smtp)
     assert split_body(parse(data))[0] == expected
     assert smtp is None or data.isascii(), 'a server need not take anything else'
@@ -277,7 +276,7 @@ def test_body(body: str, expected: str, smtp: Optional[mail.SmtpServer]) -> None
     ('x' * 2000, 'x' * 2000),
 ])
 def test_identifier(server: str, shown: str) -> None:
-    assert split_body(parse(compose(server=server)))[1].endswith(', supervisor %s\n' % shown)
+    assert split_body(parse(compose(server=server)))[1].endswith(f', supervisor {shown}\n')
 
 
 @pytest.mark.parametrize('to, expected', [
@@ -287,7 +286,7 @@ def test_identifier(server: str, shown: str) -> None:
     (['"Doe; J: (=) [\'" <j@example.com>', "J. O'Hara Jr. <o@example.com>"], ['j@example.com', 'o@example.com']),
     (['user%d@example.com' % number for number in range(300)], ['user%d@example.com' % n for n in range(300)]),
 ])
-def test_recipients(to: List[str], expected: List[str]) -> None:
+def test_recipients(to: list[str], expected: list[str]) -> None:
     data = compose(to=read_options(*('-m' + address for address in to)).recipients, sender='root')
     assert [address.addr_spec for address in parse(data)['To'].addresses] == expected
 
@@ -337,7 +336,7 @@ class QuickCondition(threading.Condition):
         super().__init__()
         self._clock = clock
 
-    def wait(self, timeout: Optional[float] = None) -> bool:
+    def wait(self, timeout: float | None = None) -> bool:
         if timeout is None:
             return super().wait()
         self._clock.now += timeout
@@ -347,20 +346,20 @@ class QuickCondition(threading.Condition):
 Make = Callable[..., Outbox]
 
 
-def find_timers() -> Set[threading.Thread]:
+def find_timers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)}
 
 
-def find_threads() -> List[threading.Thread]:
+def find_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == 'outbox']
 
 
 @pytest.fixture
 def make_outbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Return a function that makes an outbox, with a mail command or an SMTP server, which ends with the test."""
-    outboxes: List[Outbox] = []
+    outboxes: list[Outbox] = []
 
-    def make(command: object = 'false', to: Sequence[str] = TO, smtp: Optional[str] = None,
+    def make(command: object = 'false', to: Sequence[str] = TO, smtp: str | None = None,
              clock: Callable[[], float] = time.monotonic) -> Outbox:
         settings = mail.Settings(tuple(to), str(command), mail.parse_smtp(smtp) if smtp else None, None)
         outboxes.append(Outbox(settings, clock))
@@ -381,14 +380,14 @@ class Inbox:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir()
-        self.command = "cat > '{0}'/$$.part && mv '{0}'/$$.part '{0}'/$$.mail".format(folder)
+        self.command = f"cat > '{folder}'/$$.part && mv '{folder}'/$$.part '{folder}'/$$.mail"
 
     @property
-    def mails(self) -> List[EmailMessage]:
+    def mails(self) -> list[EmailMessage]:
         files = sorted(self._folder.glob('*.mail'), key=lambda path: path.stat().st_mtime_ns)
         return [parse(path.read_bytes()) for path in files]
 
-    def wait(self, number: int) -> List[str]:
+    def wait(self, number: int) -> list[str]:
         """Wait until so many mails are there; return their subjects."""
         wait_for(lambda: len(self.mails) >= number, '%d mails' % number)
         return [str(message['Subject']) for message in self.mails]
@@ -399,15 +398,15 @@ def inbox(tmp_path: Path) -> Inbox:
     return Inbox(tmp_path / 'inbox')
 
 
-def wait_for_pids(path: Path, number: int) -> List[int]:
+def wait_for_pids(path: Path, number: int) -> list[int]:
     """Return the pids in a file once there are so many."""
-    wait_for(lambda: len(read(path).split()) >= number and read(path).endswith('\n'), 'pids in %s' % path)
+    wait_for(lambda: len(read(path).split()) >= number and read(path).endswith('\n'), f'pids in {path}')
     return list(map(int, read(path).split()))
 
 
 def write_hanging(path: Path, pids: Path) -> Path:
     """Write a command that never ends, nor does its child, and neither heeds SIGTERM."""
-    return write_script(path, "trap '' TERM\nsleep 1000 &\necho $$ $! >> %s\nwait\nsleep 1000\n" % pids)
+    return write_script(path, f"trap '' TERM\nsleep 1000 &\necho $$ $! >> {pids}\nwait\nsleep 1000\n")
 
 
 def assert_gone(pids: Sequence[int]) -> None:
@@ -425,9 +424,9 @@ def test_mail_is_delivered(make_outbox: Make, inbox: Inbox) -> None:
     message = inbox.mails[0]
     assert message['To'] == 'bob@example.com, Eve <eve@example.com>'
     assert abs(parsedate_to_datetime(message['Date']).timestamp() - time.time()) < 600
-    assert split_body(message) == ('body\nof it', 'crashmail on %s, supervisor sup\n' % socket.gethostname())
+    assert split_body(message) == ('body\nof it', f'crashmail on {socket.gethostname()}, supervisor sup\n')
     outbox.lines.wait('sent mail "second"')
-    assert outbox.lines == ['sent mail "%s" to bob@example.com, Eve <eve@example.com>' % subject
+    assert outbox.lines == [f'sent mail "{subject}" to bob@example.com, Eve <eve@example.com>'
                             for subject in ('first', 'second')]
     outbox.close()
     assert len(outbox.lines) == 2 and not find_threads()
@@ -445,13 +444,13 @@ def test_failure_is_told_and_the_mail_tried_again(
         make_outbox: Make, inbox: Inbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mail, 'FIRST_RETRY_SECONDS', 0.1)
     script = write_script(tmp_path / 'mta', (
-        '[ -e {0}/up ] || {{ echo "relay is down" >&2; echo "on stdout"; exit 75; }}\n%s\n' % inbox.command
+        f'[ -e {{0}}/up ] || {{{{ echo "relay is down" >&2; echo "on stdout"; exit 75; }}}}\n{inbox.command}\n'
     ).format(tmp_path))
     outbox = make_outbox(script)
     outbox.put('a "subject"', 'a body')
     outbox.lines.wait('unable', 2)
     assert outbox.lines[0] == ('unable to send mail "a "subject"", which is kept and tried again: '
-                               '%s: exit status 75: relay is down | on stdout' % script)
+                               f'{script}: exit status 75: relay is down | on stdout')
     (tmp_path / 'up').touch()
     assert inbox.wait(1) == ['a "subject"']
     outbox.lines.wait('sent mail "a "subject"" to bob@example.com')
@@ -496,7 +495,7 @@ def test_command_that_does_not_read_it_all(command: str, make_outbox: Make) -> N
 
 
 def test_command_that_prints_endlessly(make_outbox: Make, tmp_path: Path) -> None:
-    outbox = make_outbox('echo $$ > %s/pid; exec yes "relay is down" >&2' % tmp_path)
+    outbox = make_outbox(f'echo $$ > {tmp_path}/pid; exec yes "relay is down" >&2')
     outbox.put('a subject', 'a body')
     line = outbox.lines.wait('unable')
     assert 'printed more than %d bytes: ' % listener.OUTPUT_LIMIT_BYTES in line and 'relay is down' in line
@@ -520,7 +519,7 @@ def test_hung_command_is_killed_with_its_children(make_outbox: Make, tmp_path: P
 
 
 def test_background_child_holds_up_nothing(make_outbox: Make, tmp_path: Path, inbox: Inbox) -> None:
-    script = write_script(tmp_path / 'mta', 'sleep 1000 &\necho $! >> %s/pids\n%s\n' % (tmp_path, inbox.command))
+    script = write_script(tmp_path / 'mta', f'sleep 1000 &\necho $! >> {tmp_path}/pids\n{inbox.command}\n')
     outbox = make_outbox(script, clock=Clock())
     try:
         outbox.put('first', '')
@@ -537,7 +536,7 @@ def test_background_child_holds_up_nothing(make_outbox: Make, tmp_path: Path, in
 
 
 def test_put_never_waits_and_there_is_one_thread(make_outbox: Make, inbox: Inbox, tmp_path: Path) -> None:
-    outbox = make_outbox('until [ -e {0}/go ]; do sleep 0.02; done; {1}'.format(tmp_path, inbox.command))
+    outbox = make_outbox(f'until [ -e {tmp_path}/go ]; do sleep 0.02; done; {inbox.command}')
     for number in range(5):
         outbox.put('mail %d' % number, '')
     assert outbox.lines == [], 'put has waited until a mail was sent, or given up'
@@ -548,8 +547,8 @@ def test_put_never_waits_and_there_is_one_thread(make_outbox: Make, inbox: Inbox
 
 def test_never_two_commands_at_once(make_outbox: Make, inbox: Inbox, tmp_path: Path) -> None:
     script = write_script(tmp_path / 'mta', (
-        'mkdir {0}/lock || echo overlap >> {0}/overlaps\nsleep 0.05\n%s\nrmdir {0}/lock\n[ -e {0}/twice ] || '
-        '{{ touch {0}/twice; exit 1; }}\n' % inbox.command).format(tmp_path))
+        f'mkdir {{0}}/lock || echo overlap >> {{0}}/overlaps\nsleep 0.05\n{inbox.command}\nrmdir {{0}}/lock\n[ -e {{0}}/twice ] || '
+        '{{ touch {0}/twice; exit 1; }}\n').format(tmp_path))
     outbox = make_outbox(script)
     for number in range(6):
         outbox.put('mail %d' % number, '')
@@ -563,7 +562,7 @@ def write_choosy(path: Path, command: str) -> Path:
     """Write a mail command that refuses what has `bad` in its subject, and all where there is no file `up`."""
     return write_script(path / 'mta', (
         'cat > {0}/mail\n! grep -q "^Subject:.*bad" {0}/mail || exit 67\n[ -e {0}/up ] || exit 75\n'
-        'exec < {0}/mail\n%s\n' % command).format(path))
+        f'exec < {{0}}/mail\n{command}\n').format(path))
 
 
 def test_failed_mails_go_as_soon_as_another_has_gone(make_outbox: Make, inbox: Inbox, tmp_path: Path) -> None:
@@ -588,7 +587,7 @@ class Timed(Lines):
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.times: List[float] = []
+        self.times: list[float] = []
         self._started = clock.now
         self._clock = clock
 
@@ -614,7 +613,7 @@ def test_delay_doubles_to_ten_minutes_and_a_mail_is_kept_for_a_day(make_outbox: 
         outbox.put('a later one', '')
     wait_for(lambda: len([line for line in list(lines) if line.startswith('dropped')]) == 2, 'two dropped')
     assert [line for line in lines if not line.startswith('unable')] == [
-        'dropped mail "%s": it could not be sent for 24 hours' % subject for subject in ('a subject', 'a later one')]
+        f'dropped mail "{subject}": it could not be sent for 24 hours' for subject in ('a subject', 'a later one')]
     tries = [when for when, line in zip(lines.times, lines) if line.startswith('unable')]
     assert tries[:11] == [0, 0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430]
     assert {later - sooner for sooner, later in zip(tries[8:], tries[9:])} == {600}
@@ -624,7 +623,7 @@ def test_delay_doubles_to_ten_minutes_and_a_mail_is_kept_for_a_day(make_outbox: 
 def test_delay_begins_anew_after_a_success(make_outbox: Make, tmp_path: Path) -> None:
     # Tries 1 to 3 fail, and then 5.
     script = write_script(tmp_path / 'mta', (
-        'echo >> {0}/tries\ncase $(wc -l < {0}/tries) in *[1235]) exit 75;; esac\n').format(tmp_path))
+        f'echo >> {tmp_path}/tries\ncase $(wc -l < {tmp_path}/tries) in *[1235]) exit 75;; esac\n'))
     outbox = make_outbox(script, clock=Clock())
     lines = make_quick(outbox)
     outbox.put('first', '')
@@ -712,7 +711,7 @@ def test_close_tells_what_is_left(make_outbox: Make, tmp_path: Path, monkeypatch
     outbox.put('and another', '')
     outbox.close()
     assert [line for line in outbox.lines if line.startswith('dropped')] == [
-        'dropped mail "%s": crashmail ends' % subject for subject in ('hung', 'new', 'and another')]
+        f'dropped mail "{subject}": crashmail ends' for subject in ('hung', 'new', 'and another')]
     wait_for(lambda: not find_threads(), 'the end of the thread')
     assert 'did not end in time' in outbox.lines.wait('unable to send mail "hung"')
     assert_gone(wait_for_pids(pids, 2))
@@ -744,8 +743,8 @@ class Server(SmtpController):
 
     def __init__(self, port: int = 0, refused: Sequence[str] = (), quit_status: str = '221 bye',
                  **options: Any) -> None:
-        self.taken: List[Tuple[str, List[str], EmailMessage, Any]] = []
-        self.logins: List[Tuple[str, bytes, bytes]] = []
+        self.taken: list[tuple[str, list[str], EmailMessage, Any]] = []
+        self.logins: list[tuple[str, bytes, bytes]] = []
         self.farewells = 0
         self._refused = refused
         self._quit_status = quit_status
@@ -779,7 +778,7 @@ class Server(SmtpController):
     def url(self, scheme: str = 'smtp', user_info: str = '') -> str:
         return '%s://%s127.0.0.1:%d' % (scheme, user_info, self.port)
 
-    def wait(self, number: int = 1) -> Tuple[str, List[str], EmailMessage, Any]:
+    def wait(self, number: int = 1) -> tuple[str, list[str], EmailMessage, Any]:
         """Wait until so many mails were taken; return the last of them."""
         wait_for(lambda: len(self.taken) >= number, '%d mails' % number)
         return self.taken[number - 1]
@@ -887,7 +886,7 @@ def test_mail_goes_once_whatever_is_answered_to_quit(answer: str, make_outbox: M
         outbox.close()
         assert [str(message['Subject']) for _, _, message, _ in server.taken] == ['first', 'second']
         wait_for(lambda: server.farewells == 2)
-    assert outbox.lines == ['sent mail "%s" to bob@example.com' % subject for subject in ('first', 'second')]
+    assert outbox.lines == [f'sent mail "{subject}" to bob@example.com' for subject in ('first', 'second')]
     wait_for(lambda: find_timers() <= timers, 'the end of what watches the time')
 
 
@@ -1087,8 +1086,8 @@ def test_loopback(host: str, expected: bool) -> None:
     (['127.0.0.1', '192.0.2.1'], False),
     ([], False),
 ])
-def test_loopback_by_every_address(addresses: List[str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look_up(host: str, port: None) -> List[Tuple[Any, ...]]:
+def test_loopback_by_every_address(addresses: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(host: str, port: None) -> list[tuple[Any, ...]]:
         return [(socket.AF_INET6, socket.SOCK_STREAM, 6, '', (address, 0, 0, 0)) for address in addresses]
     monkeypatch.setattr(socket, 'getaddrinfo', look_up)
     assert mail._is_loopback('mail.example.com') is expected
@@ -1127,7 +1126,7 @@ def test_close_tells_what_a_thread_that_never_began_left(make_outbox: Make, monk
 def test_long_subject_stays_on_its_line() -> None:
     subject = 'httpok: http://localhost:8080/%s: bad status returned' % ('x' * 200)
     data = compose(subject)
-    assert ('Subject: %s\n' % subject).encode() in data
+    assert (f'Subject: {subject}\n').encode() in data
 
 
 def test_server_that_drips(make_outbox: Make, monkeypatch: pytest.MonkeyPatch) -> None:

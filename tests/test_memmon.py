@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, SupportsIndex, Tuple
+from typing import Any, Callable, Iterator, List, Sequence, SupportsIndex
 
 import pytest
 from inbox import CommandInbox
@@ -80,10 +80,10 @@ def test_parse_group_limit(text: str, limit: Limit) -> None:
 
 @pytest.mark.parametrize('argv, error', NO_LIMITS)
 def test_bad_options_are_one_line_and_exit_status_2(
-        argv: List[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+        argv: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert memmon.main(argv) == 2
     printed = capsys.readouterr()
-    assert printed.err == "memmon: %s; try 'memmon --help'\n" % error
+    assert printed.err == f"memmon: {error}; try 'memmon --help'\n"
     assert printed.out == ''
 
 
@@ -118,7 +118,7 @@ def test_options_by_default() -> None:
      (Limit(Name(None, 'a'), 1), Limit(Name(None, 'b'), 2), Limit(Name('c', None), 3), Limit(Name('d', None), 4),
       Limit(Name('e', None), 5), Limit(EVERY, MB), Limit(EVERY, 6))),
 ])
-def test_each_option_has_its_field(argv: List[str], field: str, value: Any) -> None:
+def test_each_option_has_its_field(argv: list[str], field: str, value: Any) -> None:
     assert getattr(build('-a', '1MB', *argv), field) == value
 
 
@@ -130,7 +130,7 @@ def test_each_option_has_its_field(argv: List[str], field: str, value: Any) -> N
     ('0 0 0', {0: Usage(0, 0)}),
     ('1\t0\t4\r\n', {1: Usage(0, 4 * KB)}),
 ])
-def test_parse_ps(output: str, usages: Dict[int, Usage]) -> None:
+def test_parse_ps(output: str, usages: dict[int, Usage]) -> None:
     assert memmon.parse_ps(output) == usages
 
 
@@ -180,7 +180,7 @@ def test_proc_says_what_ps_says(big_child: int) -> None:
     (PermissionError(13, 'Permission denied'), '/proc: Permission denied'),
 ])
 def test_proc_that_tells_nothing(found: Any, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def listdir(path: str) -> List[str]:
+    def listdir(path: str) -> list[str]:
         if isinstance(found, list):
             return found
         raise found
@@ -197,7 +197,7 @@ def test_proc_of_a_process_that_ends_meanwhile(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ps_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_script(tmp_path / 'ps', 'sleep 600\n')
-    monkeypatch.setenv('PATH', '%s:%s' % (tmp_path, os.environ['PATH']))
+    monkeypatch.setenv('PATH', '{}:{}'.format(tmp_path, os.environ['PATH']))
     monkeypatch.setattr(memmon, 'PS_TIMEOUT_SECONDS', 0.2)
     with pytest.raises(CantTell, match='ps -A .*: did not end in time'):
         memmon.run_ps()
@@ -233,7 +233,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize('family, totals', [case[1:] for case in FAMILIES], ids=[case[0] for case in FAMILIES])
-def test_sum_descendants(family: Dict[int, Tuple[int, int]], totals: Dict[int, int]) -> None:
+def test_sum_descendants(family: dict[int, tuple[int, int]], totals: dict[int, int]) -> None:
     usages = {pid: Usage(*numbers) for pid, numbers in family.items()}
     assert memmon.sum_descendants(usages) == totals
     assert memmon.measure(usages, cumulative=True) == totals
@@ -257,7 +257,7 @@ def test_sum_descendants(family: Dict[int, Tuple[int, int]], totals: Dict[int, i
     (['-p', 'bar=1', '-p', 'foo:bar=1', '-g', 'foo=1', '-p', 'foo:*=1', '-p', 'foo:foo=1'], None),
     (['-p', 'Foo=1', '-p', 'fo=1', '-g', 'ba=1'], None),
 ])
-def test_the_most_specific_limit_holds(argv: List[str], limit_bytes: Optional[int]) -> None:
+def test_the_most_specific_limit_holds(argv: list[str], limit_bytes: int | None) -> None:
     assert memmon.find_limit(build(*argv).limits, 'bar', 'foo') == limit_bytes
 
 
@@ -270,7 +270,7 @@ def test_the_most_specific_limit_holds(argv: List[str], limit_bytes: Optional[in
     ({'state': STOPPING}, 1, 1, 'ok'),
     ({'pid': 0, 'state_name': 'EXITED'}, None, 1, 'not running (EXITED)'),
 ])
-def test_judge(changes: Dict[str, Any], held_bytes: Optional[int], limit_bytes: Optional[int], verdict: str) -> None:
+def test_judge(changes: dict[str, Any], held_bytes: int | None, limit_bytes: int | None, verdict: str) -> None:
     process = Process('web', 'web', 7, RUNNING, 'RUNNING', 1, 2, '')._replace(**changes)
     assert memmon.judge(process, held_bytes, limit_bytes) == verdict
 
@@ -289,7 +289,7 @@ def test_format_size(size_bytes: int, text: str) -> None:
     (5 * MB, 5 * MB, '5.0MB, within its limit of 5.0MB'),
     (5 * MB, 6 * MB, '5.0MB, within its limit of 6.0MB'),
 ])
-def test_describe(held: int, limit: Optional[int], text: str) -> None:
+def test_describe(held: int, limit: int | None, text: str) -> None:
     assert memmon.describe(held, limit) == text
 
 
@@ -338,14 +338,14 @@ class World:
         self.inbox = CommandInbox(folder)
         self._folder = folder
         self._ps = folder / 'ps.txt'
-        write_script(folder / 'ps', '[ "$*" = "-A -o pid= -o ppid= -o rss=" ] && exec cat %s\n' % self._ps)
+        write_script(folder / 'ps', f'[ "$*" = "-A -o pid= -o ppid= -o rss=" ] && exec cat {self._ps}\n')
         for name in ALL:
             if supervisord.info(name)['statename'] != 'RUNNING':
                 supervisord.rpc.startProcess(name)
         self.pids = {name: supervisord.info(name)['pid'] for name in ALL}
         self.show({name: HELD_KIB for name in ALL})
 
-    def show(self, held_kib: Dict[str, float], others: Sequence[str] = ()) -> None:
+    def show(self, held_kib: dict[str, float], others: Sequence[str] = ()) -> None:
         """Let ps print what processes hold, by name, and other lines."""
         lines = ['1 0 4', '%d 1 4' % self.supervisord.pid]
         lines += ['%5d %5d %d' % (self.pids[name], self.supervisord.pid, kib) for name, kib in held_kib.items()]
@@ -358,11 +358,11 @@ class World:
     def memmon(self, *arguments: str, group: str = 'listener') -> Iterator[Listener]:
         with Listener(['memmon', '-m', 'bob@example.com', '-s', self.inbox.command, *arguments], {
                 'SUPERVISOR_SERVER_URL': self.proxy.url, 'SUPERVISOR_GROUP_NAME': group,
-                'PATH': '%s:%s' % (self._folder, os.environ['PATH'])}) as listener:
+                'PATH': '{}:{}'.format(self._folder, os.environ['PATH'])}) as listener:
             yield listener
             assert listener.close() == 0
 
-    def find_restarted(self) -> List[str]:
+    def find_restarted(self) -> list[str]:
         """Return the names of the processes that have another pid than at the start of the test."""
         return [name for name in ALL if self.supervisord.info(name)['pid'] != self.pids[name]]
 
@@ -388,7 +388,7 @@ def world(tmp_path: Path, supervisord: Supervisord) -> Iterator[World]:
     (['-a', '1MB', '-p', 'web=299KB'], ['web:web']),
     (['-a', '1KB', '-g', 'bar=2KB', '-p', 'bar:*=3KB', '-p', 'foo=4KB', '-p', 'bar:foo=5KB'], ALL),
 ])
-def test_which_processes_are_restarted(world: World, argv: List[str], restarted: List[str]) -> None:
+def test_which_processes_are_restarted(world: World, argv: list[str], restarted: list[str]) -> None:
     with world.memmon(*argv) as listener:
         listener.tick()
         assert world.find_restarted() == restarted
@@ -398,14 +398,14 @@ def test_which_processes_are_restarted(world: World, argv: List[str], restarted:
         assert listener.log.count('memmon: restarted ') == len(restarted)
     titles = {'web:web': 'web', 'foo:foo': 'foo'}
     assert sorted(world.inbox.subjects) == sorted(
-        'memmon: process %s restarted' % titles.get(name, name) for name in restarted)
+        f'memmon: process {titles.get(name, name)} restarted' for name in restarted)
 
 
 def test_log_and_mail_say_how_much_and_how_long(world: World) -> None:
     with world.memmon('-p', 'bar:x=100KB', '-n', 'db1') as listener:
         listener.tick()
         reason = 'restarted bar:x (pid %d: 300.0KB, over its limit of 100.0KB)' % world.pids['bar:x']
-        listener.wait_for_log('memmon: %s\n' % reason)
+        listener.wait_for_log(f'memmon: {reason}\n')
         mail = world.inbox.wait()[0]
     body = mail.get_content()
     assert mail['To'] == 'bob@example.com'
@@ -464,7 +464,7 @@ def test_stopping_process_is_left_alone(world: World, supervisord: Supervisord) 
     ({'web:web': 150}, 1),                      # within a higher limit of its own
     ({'bar:x': 150}, 1),                        # nothing limits it
 ])
-def test_supervisord_is_asked_no_more_than_once(world: World, held_kib: Dict[str, float], calls: int) -> None:
+def test_supervisord_is_asked_no_more_than_once(world: World, held_kib: dict[str, float], calls: int) -> None:
     with world.memmon('-p', 'web=200KB', '-p', 'foo=100KB') as listener:
         world.show({})
         listener.tick()  # this asks whether the names mean something
@@ -503,7 +503,7 @@ def test_what_is_known_is_forgotten_in_time(
         world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A pid may come to mean another process."""
     monkeypatch.setattr(memmon.Memmon, 'FORGET_SECONDS', 0)
-    monkeypatch.setenv('PATH', '%s:%s' % (world._folder, os.environ['PATH']))
+    monkeypatch.setenv('PATH', '{}:{}'.format(world._folder, os.environ['PATH']))
     watching = memmon.Memmon(build('-a', '200KB'), {'SUPERVISOR_SERVER_URL': world.proxy.url})
     world.show({}, ['%d 1 900' % os.getpid()])
     for number in range(1, 4):
@@ -545,7 +545,7 @@ def test_cumulative_finds_a_real_child(tmp_path: Path) -> None:
     ([], 'memmon: process web restarted'),
     (['--dry-run'], 'memmon: dry run: process web not restarted'),
 ])
-def test_mail_only_within_uptime(world: World, argv: List[str], subject: str, uptime: str, mails: int) -> None:
+def test_mail_only_within_uptime(world: World, argv: list[str], subject: str, uptime: str, mails: int) -> None:
     wait_for(lambda: world.supervisord.info('web')['now'] > world.supervisord.info('web')['start'], 'a second')
     with world.memmon('-p', 'web=100KB', '-u', uptime, *argv) as listener:
         listener.tick()
@@ -556,7 +556,7 @@ def test_mail_only_within_uptime(world: World, argv: List[str], subject: str, up
 
 def test_samples_are_counted_for_each_process_and_pid(world: World) -> None:
     with world.memmon('-a', '100KB', '--samples=3') as listener:
-        def find_restarted(*over: str) -> List[str]:
+        def find_restarted(*over: str) -> list[str]:
             world.show({name: HELD_KIB for name in over})
             listener.tick()
             return world.find_restarted()
@@ -683,8 +683,7 @@ def test_supervisord_that_can_not_be_asked_is_told(world: World) -> None:
     with world.memmon('-a', '100KB') as listener:
         world.proxy.rules['getAllProcessInfo'] = ['lose call']
         listener.tick()
-        listener.wait_for_log('memmon: unable to check memory: supervisord at %s does not answer getAllProcessInfo'
-                              % world.proxy.url)
+        listener.wait_for_log(f'memmon: unable to check memory: supervisord at {world.proxy.url} does not answer getAllProcessInfo')
         assert world.find_restarted() == []
         listener.tick()
         assert world.find_restarted() == ALL
@@ -771,16 +770,16 @@ def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
 look = partial(run_by_hand, 'memmon', '--once')
 
 
-def read_rows(printed: str) -> Dict[str, List[str]]:
+def read_rows(printed: str) -> dict[str, list[str]]:
     """Return the rows of the table by group and process."""
     rows = [line.split(None, 5) for line in printed.splitlines() if line.count('  ')]
     assert rows[0] == ['GROUP', 'PROCESS', 'PID', 'MEMORY', 'LIMIT', 'VERDICT']
-    return {'%s:%s' % (row[0], row[1]): row[2:] for row in rows[1:]}
+    return {f'{row[0]}:{row[1]}': row[2:] for row in rows[1:]}
 
 
-def look_at(world: World, *arguments: str) -> 'subprocess.CompletedProcess[str]':
+def look_at(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
     return look(*arguments, folder=world._folder, SUPERVISOR_SERVER_URL=world.proxy.url,
-                PATH='%s:%s' % (world._folder, os.environ['PATH']))
+                PATH='{}:{}'.format(world._folder, os.environ['PATH']))
 
 
 def test_once_prints_a_table(world: World) -> None:
@@ -837,7 +836,7 @@ def test_once_counts_descendants(world: World) -> None:
 
 
 def test_once_finds_supervisord_by_its_configuration(world: World, supervisord: Supervisord) -> None:
-    path = '%s:%s' % (world._folder, os.environ['PATH'])
+    path = '{}:{}'.format(world._folder, os.environ['PATH'])
     printed = look('-a', '1MB', '--configuration', str(supervisord.configuration), folder=world._folder, PATH=path)
     assert (printed.returncode, printed.stderr) == (0, '')
     assert read_rows(printed.stdout)['web:web'][0] == str(world.pids['web:web'])
@@ -858,7 +857,7 @@ def test_once_without_a_configuration(tmp_path: Path) -> None:
 def test_once_with_nothing_running(tmp_path: Path) -> None:
     (tmp_path / 'x.conf').write_text('[supervisorctl]\nserverurl=unix://%(here)s/none.sock\n', 'utf-8')
     for arguments, environment in [(['--configuration=x.conf'], {}),
-                                   ([], {'SUPERVISOR_SERVER_URL': 'unix://%s/none.sock' % tmp_path})]:
+                                   ([], {'SUPERVISOR_SERVER_URL': f'unix://{tmp_path}/none.sock'})]:
         printed = look('-a', '1MB', *arguments, folder=tmp_path, **environment)
         assert (printed.returncode, printed.stdout) == (1, '')
         assert 'memmon: unable to check memory: supervisord at unix://' in printed.stderr
@@ -866,7 +865,7 @@ def test_once_with_nothing_running(tmp_path: Path) -> None:
 
 
 def test_once_without_memory(world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    def can_not_tell() -> Dict[int, Usage]:
+    def can_not_tell() -> dict[int, Usage]:
         raise CantTell('no memory')
     monkeypatch.setattr(memmon, 'run_ps', can_not_tell)
     monkeypatch.setattr(memmon, 'read_proc', can_not_tell)
@@ -881,7 +880,7 @@ def test_once_without_memory(world: World, monkeypatch: pytest.MonkeyPatch, capf
 
 def test_mail_of_a_restart_is_for_an_uptime_of_no_more_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = memmon.Memmon(build('-a', '1', '-u', '60'), {})
-    mails: List[str] = []
+    mails: list[str] = []
     monkeypatch.setattr(listener._outbox, 'put', lambda subject, body, server: mails.append(subject))
     for now in (1059, 1060, 1061):
         process = Process('web', str(now), 7, RUNNING, 'RUNNING', 1000, now, '')

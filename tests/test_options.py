@@ -5,22 +5,37 @@ import io
 import os
 import subprocess
 import sys
-from typing import Any, Callable, List, Sequence, Tuple, Union
+from typing import Any, Callable, Sequence
 
 import pytest
 from support import C_LOCALE, PYTHON, TIMEOUT
 
 from superlance import __version__, memmon
 from superlance.options import (
-    COMMON_OPTIONS, Given, Option, Rate, UsageError, parse_address, parse_addresses, parse_count, parse_rate,
-    parse_size, parse_text, parse_time, parse_timeout, read_argv, run_script, without_password)
+    COMMON_OPTIONS,
+    Given,
+    Option,
+    Rate,
+    UsageError,
+    parse_address,
+    parse_addresses,
+    parse_count,
+    parse_rate,
+    parse_size,
+    parse_text,
+    parse_time,
+    parse_timeout,
+    read_argv,
+    run_script,
+    without_password,
+)
 
 Parse = Callable[[str], Any]
 
 KB, MB, GB, TB = 1024, 1024 ** 2, 1024 ** 3, 1024 ** 4
 
 # Each is tried by itself, and as the value of an option.
-VALUES: Sequence[Tuple[Parse, str, Any]] = (
+VALUES: Sequence[tuple[Parse, str, Any]] = (
     (parse_size, '4096', 4096),
     (parse_size, '0', 0),
     (parse_size, '1b', 1),
@@ -59,7 +74,7 @@ VALUES: Sequence[Tuple[Parse, str, Any]] = (
 )
 
 # What is refused, and what the complaint holds beside the value.
-WRONG: Sequence[Tuple[Parse, str, str]] = tuple(
+WRONG: Sequence[tuple[Parse, str, str]] = tuple(
     [(parse_size, text, 'write bytes, or a number with KB, MB, GB or TB') for text in (
         'banana', '', ' ', 'MB', 'B', 'k', '.', '-1', '+1', '1e3', '1.2.3', '1,5GB', '0x10', '1_000', 'inf', 'nan',
         '10PB', '10BB', '10MBB', '10 M B', '\u0661\u0660', '10\xb2', '\uff11\uff10', '10\u212a', '1' * 16,
@@ -96,7 +111,7 @@ def test_wrong_value(parse: Parse, text: str, expected: str) -> None:
     assert expected in str(why.value)
     with pytest.raises(UsageError) as usage:
         read_argv(['-x', text], [Option('x', 'value', parse)])
-    assert str(usage.value) == 'option -x: %s' % why.value
+    assert str(usage.value) == f'option -x: {why.value}'
 
 
 @pytest.mark.parametrize('parse', [parse_size, parse_time, parse_timeout, parse_count, parse_rate, parse_address])
@@ -164,14 +179,13 @@ def test_complaint_shows_the_value(parse: Parse) -> None:
     ('=?utf-8?q?a=0aBcc:_eve@example.com?= <bob@example.com>', None),
     ('"=?utf-8?q?a=0aBcc:_eve@example.com?=" <bob@example.com>', None),
 ])
-def test_addresses(text: str, addresses: Union[List[str], None]) -> None:
+def test_addresses(text: str, addresses: list[str] | None) -> None:
     if addresses is not None:
         assert parse_addresses(text) == tuple(addresses)
         return
     with pytest.raises(ValueError) as why:
         parse_addresses(text)
-    assert str(why.value) == ('%r is not a mail address; write one, as in bob@example.com, or several with commas'
-                              % text)
+    assert str(why.value) == (f'{text!r} is not a mail address; write one, as in bob@example.com, or several with commas')
     with pytest.raises(ValueError):
         parse_address(text)
 
@@ -247,18 +261,18 @@ def test_given() -> None:
     (['x', '-a', '1', 'y'], 'any', [1], ['x', 'y']),
     (['--', '-a', '1'], 'any', [], ['-a', '1']),
 ])
-def test_read_argv(argv: List[str], name: str, values: List[object], arguments: List[str]) -> None:
+def test_read_argv(argv: list[str], name: str, values: list[object], arguments: list[str]) -> None:
     given, rest = read_argv(argv, TABLE)
     assert (given.all(name), rest) == (values, arguments)
 
 
-def build(given: Given, arguments: List[str]) -> List[str]:
+def build(given: Given, arguments: list[str]) -> list[str]:
     if arguments:
-        raise UsageError('unexpected argument %r' % arguments[0])
+        raise UsageError(f'unexpected argument {arguments[0]!r}')
     return list(map(str, given.all('any')))
 
 
-def run(sizes: List[str]) -> int:
+def run(sizes: list[str]) -> int:
     print('ran with', *sizes)
     return 7
 
@@ -285,7 +299,7 @@ def call(*argv: str) -> int:
     (['stray\nargument'], ["unexpected argument 'stray\\nargument'"]),
     (['--help', '-a', 'banana'], ["'banana'"]),
 ])
-def test_usage_error(argv: List[str], holds: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_error(argv: list[str], holds: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ''
@@ -299,11 +313,11 @@ def test_usage_error(argv: List[str], holds: List[str], capsys: pytest.CaptureFi
     (['--help'], 0, 'Usage: tester\n'),
     (['-h', '--version', 'stray'], 0, 'Usage: tester\n'),
     (['--hel', '-a', '1'], 0, 'Usage: tester\n'),
-    (['--version'], 0, 'tester %s\n' % __version__),
-    (['--version', 'stray'], 0, 'tester %s\n' % __version__),
+    (['--version'], 0, f'tester {__version__}\n'),
+    (['--version', 'stray'], 0, f'tester {__version__}\n'),
     (['-a', '1k', '-a', '2'], 7, 'ran with 1024 2\n'),
 ])
-def test_command(argv: List[str], status: int, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(argv: list[str], status: int, output: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*argv) == status
     assert capsys.readouterr() == (output, '')
 
@@ -325,7 +339,7 @@ def test_stdout_that_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
     monkeypatch.setattr(sys, 'stdout', output)
     assert call('--version') == 0
-    assert output.getvalue() == 'tester %s\n' % __version__
+    assert output.getvalue() == f'tester {__version__}\n'
 
 
 # The same as a process of its own.
@@ -341,14 +355,14 @@ raise SystemExit(run_script('tester', 'usage', [Option('n', 'name', str), Option
 '''
 
 
-def run_process(*arguments: Union[str, bytes]) -> Tuple[int, bytes, bytes]:
-    process = subprocess.run([PYTHON, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, timeout=TIMEOUT, env={**os.environ, **C_LOCALE})
+def run_process(*arguments: str | bytes) -> tuple[int, bytes, bytes]:
+    process = subprocess.run([PYTHON, *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+                             timeout=TIMEOUT, env={**os.environ, **C_LOCALE})
     return process.returncode, process.stdout, process.stderr
 
 
 def test_arguments_are_utf8_whatever_the_locale() -> None:
-    arguments: List[bytes] = [b'-n', 'caf\xe9'.encode(), '--name=\u65e5\u672c'.encode(), b'-n', b'\xff']
+    arguments: list[bytes] = [b'-n', 'caf\xe9'.encode(), '--name=\u65e5\u672c'.encode(), b'-n', b'\xff']
     status, out, err = run_process('-c', SCRIPT, *arguments)
     assert (status, err) == (0, b'')
     names, words = out.decode('ascii').splitlines()
@@ -368,12 +382,12 @@ def test_usage_error_whatever_the_locale() -> None:
 
 @pytest.mark.parametrize('arguments, status, out, err', [
     (['--help'], 0, memmon.__doc__, ''),
-    (['--version'], 0, 'memmon %s\n' % __version__, ''),
+    (['--version'], 0, f'memmon {__version__}\n', ''),
     (['-a', 'banana'], 2, '', "memmon: option -a: 'banana' is not a size; write bytes, or a number with "
                               "KB, MB, GB or TB, as in 200MB; try 'memmon --help'\n"),
     (['--s=1'], 2, '', "memmon: option --s not a unique prefix; try 'memmon --help'\n"),
 ])
-def test_memmon(arguments: List[str], status: int, out: str, err: str) -> None:
+def test_memmon(arguments: list[str], status: int, out: str, err: str) -> None:
     assert run_process('-m', 'superlance.memmon', *arguments) == (status, out.encode(), err.encode())
 
 
@@ -389,8 +403,8 @@ FULL = b'memmon: unable to write to stdout: No space left on device\n'
     ('--bad', '>&- 2>&-', 2, b''),
 ])
 def test_output_that_nobody_takes(arguments: str, redirection: str, status: int, said: bytes) -> None:
-    done = subprocess.run('exec 3>&2; "%s" -m superlance.memmon %s %s' % (sys.executable, arguments, redirection),
-                          shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(f'exec 3>&2; "{sys.executable}" -m superlance.memmon {arguments} {redirection}',
+                          shell=True, capture_output=True)
     assert (done.returncode, done.stderr) == (status, said)
 
 

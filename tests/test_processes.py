@@ -4,26 +4,58 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import socket
+import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterator, Mapping
 
 import pytest
+from support import ALL_LOST, Proxy, Supervisord, find_children, read_until, serving, wait_for, write_script
 
 from superlance import listener, processes
 from superlance.listener import Event, make_log
 from superlance.options import Rate, UsageError
 from superlance.processes import (
-    BACKOFF, DRY_RUN, EVERY, EXITED, FAILED, FATAL, HELD_BACK, LEAVE, LEFT_ALONE, RESTARTED, RUNNING, RUNS, START,
-    START_FAILED, STARTING, STOP_FAILED, STOPPED, STOPPING, SUBJECTS, UNKNOWN, UNTOUCHED, WAIT, CantTell, Name,
-    NameCheck, Outcome, Process, Refused, Restarter, Supervisor, find_supervisor, find_unmatched, judge_stopped,
-    make_process, parse_name)
-from support import ALL_LOST, Proxy, Supervisord, find_children, read_until, serving, wait_for, write_script
+    BACKOFF,
+    DRY_RUN,
+    EVERY,
+    EXITED,
+    FAILED,
+    FATAL,
+    HELD_BACK,
+    LEAVE,
+    LEFT_ALONE,
+    RESTARTED,
+    RUNNING,
+    RUNS,
+    START,
+    START_FAILED,
+    STARTING,
+    STOP_FAILED,
+    STOPPED,
+    STOPPING,
+    SUBJECTS,
+    UNKNOWN,
+    UNTOUCHED,
+    WAIT,
+    CantTell,
+    Name,
+    NameCheck,
+    Outcome,
+    Process,
+    Refused,
+    Restarter,
+    Supervisor,
+    find_supervisor,
+    find_unmatched,
+    judge_stopped,
+    make_process,
+    parse_name,
+)
 
-INFO: Dict[str, Any] = dict(group='g', name='web', pid=100, state=RUNNING, statename='RUNNING', start=1000, now=1060,
+INFO: dict[str, Any] = dict(group='g', name='web', pid=100, state=RUNNING, statename='RUNNING', start=1000, now=1060,
                             spawnerr='')
 PROGRAM = '[program:web]\ncommand=sleep 1000\nstartsecs=0\nautorestart=false\n'
 
@@ -67,9 +99,9 @@ def test_name_that_is_none(text: str) -> None:
     ('we', []),
     ('web:db', []),
 ])
-def test_what_a_name_means(name: str, meant: List[str]) -> None:
+def test_what_a_name_means(name: str, meant: list[str]) -> None:
     known = [('shop', 'db'), ('shop', 'web'), ('web', 'web')]
-    assert ['%s:%s' % pair for pair in known if parse_name(name).means(*pair)] == meant
+    assert ['{}:{}'.format(*pair) for pair in known if parse_name(name).means(*pair)] == meant
     assert all(EVERY.means(*pair) for pair in known)
 
 
@@ -81,7 +113,7 @@ def test_what_a_name_means(name: str, meant: List[str]) -> None:
     (['sohp:*', 'web', 'wbe'], ['no process is called sohp:*', 'no process is called wbe']),
     (['shop'], ['no process is called shop; there is a group of that name: for all its processes, write shop:*']),
 ])
-def test_unmatched_names(names: List[str], lines: List[str]) -> None:
+def test_unmatched_names(names: list[str], lines: list[str]) -> None:
     known = [make_process(dict(INFO, group='shop')), make_process(dict(INFO, group='x', name='y'))]
     assert find_unmatched([EVERY, *map(parse_name, names)], known) == lines
     assert find_unmatched([EVERY], []) == []
@@ -124,7 +156,7 @@ def test_call_with_a_bad_answer(answer: bytes, reason: str) -> None:
         url = 'http://127.0.0.1:%d' % port
         with pytest.raises(CantTell) as raised:
             Supervisor({'SUPERVISOR_SERVER_URL': url}).call('getState')
-    assert str(raised.value).startswith('supervisord at %s ' % url)
+    assert str(raised.value).startswith(f'supervisord at {url} ')
     assert reason in str(raised.value)
     assert not str(raised.value).endswith(': ')
 
@@ -140,7 +172,7 @@ def test_call_with_a_bad_answer(answer: bytes, reason: str) -> None:
     ({'SUPERVISOR_SERVER_URL': 'http://bob:half/rest@127.0.0.1:1'},
      'supervisord at http://bob:***@127.0.0.1:1 does not answer getState: ValueError'),
 ])
-def test_call_without_supervisord(environment: Dict[str, str], reason: str) -> None:
+def test_call_without_supervisord(environment: dict[str, str], reason: str) -> None:
     with pytest.raises(CantTell) as raised:
         Supervisor(environment).call('getState')
     assert reason in str(raised.value)
@@ -226,7 +258,7 @@ def test_find_supervisor_without_configuration(monkeypatch: pytest.MonkeyPatch) 
     ('no section\n', 'no section headers'),
     ('[supervisorctl]\nserverurl=%(nonsense)s\n', 'nonsense'),
 ])
-def test_find_supervisor_by_a_bad_configuration(tmp_path: Path, text: Optional[str], complaint: str) -> None:
+def test_find_supervisor_by_a_bad_configuration(tmp_path: Path, text: str | None, complaint: str) -> None:
     path = tmp_path / 'x.conf'
     if text is not None:
         path.write_text(text)
@@ -248,7 +280,7 @@ REAL_MONOTONIC = time.monotonic
 
 
 def test_name_check_tells_once() -> None:
-    lines: List[str] = []
+    lines: list[str] = []
     names = NameCheck([parse_name('wbe')], Supervisor({}), lines.append)
     names.tell_unmatched([make_process(INFO)])
     names.tell_unmatched([make_process(INFO)])
@@ -317,13 +349,13 @@ def test_processes_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures('unpaid')
 def test_child_that_can_not_tell(tmp_path: Path) -> None:
     with pytest.raises(CantTell, match='supervisord at unix://.* does not answer getAllProcessInfo: No such file'):
-        Supervisor({'SUPERVISOR_SERVER_URL': 'unix://%s/none' % tmp_path}).get_processes_in_child(20)
+        Supervisor({'SUPERVISOR_SERVER_URL': f'unix://{tmp_path}/none'}).get_processes_in_child(20)
 
 
 class Failing(Supervisor):
     """Fails as a bug, or is killed as by the kernel that is out of memory."""
 
-    def get_processes(self) -> List[Process]:
+    def get_processes(self) -> list[Process]:
         if self._timeout_seconds:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError('a bug')
@@ -342,7 +374,7 @@ def test_child_that_fails_is_not_taken_for_a_supervisord_that_hangs(capfd: pytes
 @pytest.mark.usefixtures('unpaid')
 def test_name_check_in_child_with_a_supervisord_that_hangs(tmp_path: Path) -> None:
     children = find_children(os.getpid())
-    asked: List[int] = []
+    asked: list[int] = []
 
     def hang(client: socket.socket) -> None:
         asked.append(1)
@@ -350,7 +382,7 @@ def test_name_check_in_child_with_a_supervisord_that_hangs(tmp_path: Path) -> No
             pass
 
     with serving(hang, socket.AF_UNIX, str(tmp_path / 's.sock')):
-        names = NameCheck([parse_name('wbe')], Supervisor({'SUPERVISOR_SERVER_URL': 'unix://%s/s.sock' % tmp_path}),
+        names = NameCheck([parse_name('wbe')], Supervisor({'SUPERVISOR_SERVER_URL': f'unix://{tmp_path}/s.sock'}),
                           make_log('x'))
         begun = time.monotonic()
         names.ask_and_tell()
@@ -406,10 +438,10 @@ class Clock:
 class Scripted(Supervisor):
     """Answers each method from a list, the last answer for ever; an exception is raised."""
 
-    def __init__(self, **answers: List[Any]) -> None:
+    def __init__(self, **answers: list[Any]) -> None:
         super().__init__({})
-        self.calls: List[str] = []
-        self.answers: Dict[str, List[Any]] = dict(
+        self.calls: list[str] = []
+        self.answers: dict[str, list[Any]] = dict(
             {'getProcessInfo': [INFO], 'stopProcess': [True], 'startProcess': [True]}, **answers)
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -421,7 +453,7 @@ class Scripted(Supervisor):
         return answer
 
 
-def became(state: int, name: str, **changes: Any) -> Dict[str, Any]:
+def became(state: int, name: str, **changes: Any) -> dict[str, Any]:
     return dict(INFO, **dict(dict(state=state, statename=name, pid=0), **changes))
 
 
@@ -429,8 +461,8 @@ def refused(fault: str) -> Refused:
     return Refused(fault, fault + ': g:web')
 
 
-def make_restarter(supervisor: Supervisor, **arguments: Any) -> Tuple[Restarter, List[Outcome], Clock]:
-    outcomes: List[Outcome] = []
+def make_restarter(supervisor: Supervisor, **arguments: Any) -> tuple[Restarter, list[Outcome], Clock]:
+    outcomes: list[Outcome] = []
     clock = Clock()
     return Restarter(supervisor, outcomes.append, sleep=clock.sleep, clock=clock, **arguments), outcomes, clock
 
@@ -493,7 +525,7 @@ SAME = '; if it stops all the same, it is started again'
     pytest.param(dict(startProcess=[LOST, True], getProcessInfo=[INFO, became(EXITED, 'EXITED', start=1060)]),
                  LEFT_ALONE, 'left g:web alone: it is EXITED by now', [], id='start lost, and ended since'),
 ])
-def test_restart_that_fails(answers: Dict[str, List[Any]], result: str, text: str, then: Optional[List[str]]) -> None:
+def test_restart_that_fails(answers: dict[str, list[Any]], result: str, text: str, then: list[str] | None) -> None:
     supervisor = Scripted(**answers)
     restarter, outcomes, clock = make_restarter(supervisor)
     restarter.restart(make_process(INFO))
@@ -568,7 +600,7 @@ def test_lost_calls_are_not_made_again_at_once() -> None:
     (became(STOPPED, 'STOPPED'), ['restarted g:web'], ['getProcessInfo', 'startProcess']),
     (INFO, [], ['getProcessInfo']),
 ])
-def test_stop_that_is_lost_may_yet_come(later: Dict[str, Any], told: List[str], calls: List[str]) -> None:
+def test_stop_that_is_lost_may_yet_come(later: dict[str, Any], told: list[str], calls: list[str]) -> None:
     supervisor = Scripted(stopProcess=[LOST], getProcessInfo=[INFO, INFO, later])
     restarter, outcomes, _ = make_restarter(supervisor)
     restarter.restart(make_process(INFO))
@@ -644,7 +676,7 @@ def test_restart_of_a_name_with_a_percent_sign() -> None:
 def test_max_restarts() -> None:
     supervisor = Scripted()
     restarter, outcomes, clock = make_restarter(supervisor, limit=Rate(2, 100))
-    told: List[List[str]] = []
+    told: list[list[str]] = []
     for seconds in (0, 10, 10, 10, 69, 1, 1, 9, 1):
         clock.now += seconds
         del outcomes[:]
@@ -674,7 +706,7 @@ def test_max_restarts_counts_what_was_stopped() -> None:
 def test_dry_run() -> None:
     supervisor = Scripted()
     restarter, outcomes, _ = make_restarter(supervisor, dry_run=True)
-    prepared: List[Process] = []
+    prepared: list[Process] = []
     for pid in (100, 100, 101):
         restarter.restart(make_process(dict(INFO, pid=pid)), prepared.append)
     restarter.retry()
@@ -698,7 +730,7 @@ def test_every_outcome_but_one_has_a_subject() -> None:
 def test_prepare_is_called_only_for_the_judged_process() -> None:
     supervisor = Scripted()
     restarter, outcomes, _ = make_restarter(supervisor)
-    prepared: List[Tuple[Process, List[str]]] = []
+    prepared: list[tuple[Process, list[str]]] = []
 
     def prepare(process: Process) -> None:
         prepared.append((process, list(supervisor.calls)))
@@ -761,16 +793,16 @@ def judge(supervisord: Supervisord, name: str = 'web') -> Process:
     return make_process(supervisord.info(name))
 
 
-def restarter_of(supervisor: Supervisor, limit: Optional[Rate] = None) -> Tuple[Restarter, List[Outcome]]:
-    outcomes: List[Outcome] = []
+def restarter_of(supervisor: Supervisor, limit: Rate | None = None) -> tuple[Restarter, list[Outcome]]:
+    outcomes: list[Outcome] = []
     return Restarter(supervisor, outcomes.append, limit), outcomes
 
 
-def results(outcomes: List[Outcome]) -> List[str]:
+def results(outcomes: list[Outcome]) -> list[str]:
     return [outcome.result for outcome in outcomes]
 
 
-def retry_until_restarted(restarter: Restarter, outcomes: List[Outcome]) -> None:
+def retry_until_restarted(restarter: Restarter, outcomes: list[Outcome]) -> None:
     def retry() -> bool:
         restarter.retry()
         return RESTARTED in results(outcomes)
@@ -804,9 +836,8 @@ def test_restart(tmp_path: Path) -> None:
 def test_process_that_has_changed_is_not_stopped(tmp_path: Path, change: str, result: str, reason: str) -> None:
     # It stops only when it is killed.
     program = write_script(tmp_path / 'web', 'trap "" TERM; touch ready; while :; do sleep 0.1; done\n')
-    with Supervisord(tmp_path, '[program:web]\ncommand=%s\ndirectory=%%(here)s\nstartsecs=0\nautorestart=false\n'
-                               'stopsignal=%s\nstopwaitsecs=2\n'
-                     % (program, 'TERM' if change == 'stopping' else 'KILL')) as supervisord:
+    with Supervisord(tmp_path, '[program:web]\ncommand={}\ndirectory=%(here)s\nstartsecs=0\nautorestart=false\n'
+                               'stopsignal={}\nstopwaitsecs=2\n'.format(program, 'TERM' if change == 'stopping' else 'KILL')) as supervisord:
         judged = judge(supervisord)
         wait_for((tmp_path / 'ready').exists)
         if change == 'kill':
@@ -843,8 +874,7 @@ def break_code(path: Path) -> None:
 ])
 def test_start_that_fails_is_tried_again(tmp_path: Path, breaks: Callable[[Path], None], reason: str) -> None:
     program = write_script(tmp_path / 'web', 'exec sleep 1000\n')
-    with Supervisord(tmp_path, '[program:web]\ncommand=%s\nstartsecs=1\nstartretries=0\nautorestart=false\n'
-                     % program) as supervisord:
+    with Supervisord(tmp_path, f'[program:web]\ncommand={program}\nstartsecs=1\nstartretries=0\nautorestart=false\n') as supervisord:
         restarter, outcomes = restarter_of(Supervisor(supervisord.environment))
         judged = judge(supervisord)
         breaks(program)
@@ -868,7 +898,7 @@ def test_start_that_fails_is_tried_again(tmp_path: Path, breaks: Callable[[Path]
 def test_start_that_supervisord_retries_itself(tmp_path: Path) -> None:
     """A process in BACKOFF is supervisord's to start; when it runs, that is told."""
     program = write_script(tmp_path / 'web', 'exec sleep 1000\n')
-    with Supervisord(tmp_path, '[program:web]\ncommand=%s\nstartsecs=1\nstartretries=9\n' % program) as supervisord:
+    with Supervisord(tmp_path, f'[program:web]\ncommand={program}\nstartsecs=1\nstartretries=9\n') as supervisord:
         restarter, outcomes = restarter_of(Supervisor(supervisord.environment))
         judged = judge(supervisord)
         break_code(program)
@@ -912,7 +942,7 @@ def test_stop_that_comes_late(tmp_path: Path) -> None:
     ({'startProcess': ['lose answer'], 'getProcessInfo': ALL_LOST}, [START_FAILED, RESTARTED]),
     ({'stopProcess': ['lose call']}, [STOP_FAILED]),
 ])
-def test_lost_calls(tmp_path: Path, rules: Mapping[str, List[str]], expected: List[str]) -> None:
+def test_lost_calls(tmp_path: Path, rules: Mapping[str, list[str]], expected: list[str]) -> None:
     with Supervisord(tmp_path, PROGRAM) as supervisord:
         judged = judge(supervisord)
         proxy_rules = {method: list(words) for method, words in rules.items()}
@@ -931,8 +961,8 @@ def test_lost_calls(tmp_path: Path, rules: Mapping[str, List[str]], expected: Li
     ('start stop', 'STOPPED', [START_FAILED, LEFT_ALONE]),
     ('remove', None, [START_FAILED, LEFT_ALONE]),
 ])
-def test_process_that_was_left_down_is_its_operators(tmp_path: Path, operator: str, state: Optional[str],
-                                                     expected: List[str]) -> None:
+def test_process_that_was_left_down_is_its_operators(tmp_path: Path, operator: str, state: str | None,
+                                                     expected: list[str]) -> None:
     with Supervisord(tmp_path, PROGRAM) as supervisord:
         judged = judge(supervisord)
         # start is in whole seconds, and tells whether it was started since

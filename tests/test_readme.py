@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Dict, List, Set
 
 import pytest
+from support import COMMANDS, Supervisord, wait_for
 
 from superlance import __version__, crashmail, httpok, memmon
 from superlance.options import Option
-from support import COMMANDS, Supervisord, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.rst').read_text('utf-8')
@@ -20,13 +19,13 @@ EXPECTED_EXAMPLES = 15
 
 def section(title: str) -> str:
     """Return a section of the README."""
-    match = re.search(r'^%s\n-+\n(.*?)(?=^\S[^\n]*\n---+\n|\Z)' % re.escape(title), README, re.M | re.S)
+    match = re.search(rf'^{re.escape(title)}\n-+\n(.*?)(?=^\S[^\n]*\n---+\n|\Z)', README, re.M | re.S)
     assert match, title
     return match.group(1)
 
 
-def table_of(script: object) -> Set[str]:
-    options: List[Option] = list(getattr(script, 'OPTIONS'))
+def table_of(script: object) -> set[str]:
+    options: list[Option] = list(getattr(script, 'OPTIONS'))
     return {'-' + o.letter for o in options if o.letter} | {'--' + o.name for o in options}
 
 
@@ -44,9 +43,9 @@ def test_help_and_readme_name_the_options_that_there_are(name: str) -> None:
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_help_fits_a_terminal_and_has_an_example(name: str) -> None:
     usage = str(SCRIPTS[name].__doc__)
-    assert usage.startswith('Usage: %s' % name)
+    assert usage.startswith(f'Usage: {name}')
     assert max(map(len, usage.splitlines())) < 80
-    assert '[eventlistener:%s]\n    command=%s ' % (name, name) in usage
+    assert f'[eventlistener:{name}]\n    command={name} ' in usage
 
 
 def test_tests_named_exist() -> None:
@@ -57,15 +56,15 @@ def test_tests_named_exist() -> None:
 
 
 def test_version_and_changes() -> None:
-    assert re.search(r'^%s ' % re.escape(__version__), (ROOT / 'CHANGES.txt').read_text('utf-8'), re.M)
+    assert re.search(rf'^{re.escape(__version__)} ', (ROOT / 'CHANGES.txt').read_text('utf-8'), re.M)
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = re.search(r'^    (pip install tox.*)$', README, re.M)
-    assert command and '{ %s; }' % command.group(1) in (ROOT / '.ci' / 'run').read_text('utf-8')
+    assert command and f'{{ {command.group(1)}; }}' in (ROOT / '.ci' / 'run').read_text('utf-8')
 
 
-def find_sections(text: str) -> Dict[str, str]:
+def find_sections(text: str) -> dict[str, str]:
     """Return the name of each section that supervisord starts, with its kind."""
     return {name: kind for kind, name in re.findall(r'^\[(program|eventlistener):(.*)\]$', text, re.M)}
 
@@ -79,7 +78,7 @@ def test_example_runs_as_it_is_written(number: int, tmp_path: Path) -> None:
     text = re.sub('^    ', '', EXAMPLES[number], flags=re.M)
     (tmp_path / 'app.py').write_text('def app(environ, start):\n    start("200 OK", [])\n    return [b"hello"]\n')
     (tmp_path / 'worker.py').write_text('import time\ntime.sleep(1000)\n')
-    path = '%s:%s' % (COMMANDS, '/usr/bin:/bin')
+    path = '{}:{}'.format(COMMANDS, '/usr/bin:/bin')
     if '[unix_http_server]' in text:
         configuration = text
     else:
@@ -94,6 +93,6 @@ def test_example_runs_as_it_is_written(number: int, tmp_path: Path) -> None:
             wait_for(lambda: what + ' entered RUNNING state' in supervisord.log, lambda: supervisord.log)
         for name, kind in sections.items():
             if kind == 'eventlistener':
-                wait_for(lambda: '%s: ACKNOWLEDGED -> READY' % name in supervisord.log,
+                wait_for(lambda: f'{name}: ACKNOWLEDGED -> READY' in supervisord.log,
                          lambda: supervisord.log)
         assert 'exited' not in supervisord.log
