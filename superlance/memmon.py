@@ -60,6 +60,7 @@ from superlance.options import (
     Option,
     Rate,
     UsageError,
+    format_size,
     parse_count,
     parse_rate,
     parse_size,
@@ -297,14 +298,6 @@ def judge(process: Process, held_bytes: int | None, limit_bytes: int | None) -> 
     if held_bytes <= limit_bytes:
         return 'ok'
     return 'over its limit: left alone (STOPPING)' if process.state == STOPPING else OVER
-
-
-def format_size(size_bytes: int) -> str:
-    """Return bytes as people read them."""
-    for unit, factor in (('GB', 1024 ** 3), ('MB', 1024 ** 2), ('KB', 1024)):
-        if size_bytes >= factor:
-            return f'{size_bytes / factor:.1f}{unit}'
-    return '%dB' % size_bytes
 
 
 def describe(held_bytes: int, limit_bytes: int | None) -> str:

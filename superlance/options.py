@@ -1,7 +1,7 @@
-"""What the three listeners share of their command lines.
+"""Command lines: option tables for getopt, the values that options take, and how these are written for people.
 
-Each script lists its options in a table; getopt reads them, and a bad one becomes one
-line on stderr that says what would be right.
+Each script lists its options in a table. An invalid command line becomes one line on stderr that names the option and
+its value, and says what would be right.
 """
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from typing import Any, Callable, NamedTuple, Sequence
 from superlance import __version__
 from superlance.listener import one_line
 
-SIZE_UNITS = {'': 1, 'K': 1024, 'M': 1024 ** 2, 'G': 1024 ** 3, 'T': 1024 ** 4}
+NUMBER = r'(\d+\.?\d*|\.\d+)\s*'
+SIZE = NUMBER + r'(?:([kmgt])(?:i?b)?|b)?'
+TIME = NUMBER + r'([smhd]?)'
+NUMBER_DIGITS = 15
+SIZE_UNITS = {'': 1, 'k': 1024, 'm': 1024 ** 2, 'g': 1024 ** 3, 't': 1024 ** 4}
 TIME_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 LONGEST_TIME_DAYS = 10000  # threads and sockets can't wait for more than 292 years
 
@@ -29,14 +33,14 @@ MAILBOX = rf'(?:{DISPLAY_NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\([\w .-]*\))?)'
 
 
 class UsageError(Exception):
-    """A command line that can't be meant; the message is one line."""
+    """An invalid command line; the message is one line."""
 
 
 class Option(NamedTuple):
     """One option: its letter (or ''), its long name, and how its value is read.
 
-    read turns the value's text into the value, or raises a ValueError that says what
-    would be right; without it the option takes no value.
+    read converts the text of the value, or raises a ValueError that says what would be right. If read is None, the
+    option takes no value.
     """
 
     letter: str
@@ -45,13 +49,27 @@ class Option(NamedTuple):
 
 
 class Given:
-    """The options that were given, by their long names."""
+    """The options of a command line, by their long names.
+
+    warnings are what the listener logs at start as `warning: ...`: what superlance 2.0.0 accepted and ignored.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
+        self.warnings: list[str] = []
+
+    def ignore_arguments(self, program: str, arguments: Sequence[str]) -> None:
+        """Add a warning about arguments that are no options, as superlance 2.0.0 ignored them."""
+        for argument in arguments:
+            self.warnings.append(f'ignored argument {without_password(argument)!r}: {program} takes options only; '
+                                 'a value that contains spaces needs quotes')
+
+    def ignore_empty(self, flag: str) -> None:
+        """Add a warning about an option whose value is empty, as superlance 2.0.0 ignored it."""
+        self.warnings.append(f'ignored option {flag}: its value is empty')
 
     def add(self, name: str, value: Any) -> None:
-        self._values[name] = self._values.pop(name, []) + [value]  # the last given is the last in the dictionary
+        self._values[name] = [*self._values.pop(name, []), value]  # the dictionary's order is that of `latest`
 
     def all(self, name: str) -> list[Any]:
         return self._values.get(name, [])
@@ -60,7 +78,7 @@ class Given:
         return self.all(name)[-1] if name in self else default
 
     def latest(self, *names: str) -> str | None:
-        """Return which of these options stands last, None if there is none of them."""
+        """Return which of these options is the last on the command line, None if none of them is given."""
         return next((name for name in reversed(self._values) if name in names), None)
 
     def __contains__(self, name: str) -> bool:
@@ -68,13 +86,13 @@ class Given:
 
 
 def read_argv(argv: Sequence[str], table: Sequence[Option]) -> tuple[Given, list[str]]:
-    """Return the options in argv and the arguments that are none. Raises UsageError."""
+    """Return the options in argv, and the arguments that are not options. Raises UsageError."""
     letters = ''.join(o.letter + (':' if o.read else '') for o in table if o.letter)
     names = [o.name + ('=' if o.read else '') for o in table]
     try:
         pairs, arguments = getopt.gnu_getopt(list(argv), letters, names)
     except getopt.error as why:
-        raise UsageError(str(why))
+        raise UsageError(str(why)) from why
     given = Given()
     for flag, text in pairs:
         option = next(o for o in table if flag in ('-' + o.letter, '--' + o.name))
@@ -84,25 +102,25 @@ def read_argv(argv: Sequence[str], table: Sequence[Option]) -> tuple[Given, list
         try:
             given.add(option.name, option.read(text))
         except ValueError as why:
-            raise UsageError(f'option {flag}: {why}')
+            raise UsageError(f'option {flag}: {why}') from why
     return given, arguments
 
 
 def run_script(program: str, usage: str, table: Sequence[Option],
                build: Callable[[Given, list[str]], Any], run: Callable[[Any], int],
                argv: Sequence[str] | None) -> int:
-    """Read a command line, run what it asks for and return the exit status.
+    """Read a command line, do what it says and return the exit status.
 
-    build makes the script's own options of those given; it and run may raise UsageError.
+    build converts the given options to the script's own; build and run may raise UsageError.
     """
-    # Where a stream was closed at the start, Python has none; a real file would take its number.
+    # Python has no stream for a descriptor that was closed at start; a real file would get its number.
     sys.stdout = sys.stdout or io.StringIO()
     sys.stderr = sys.stderr or io.StringIO()
     if argv is None:
         # supervisord passes UTF-8, and the locale here may be another.
         argv = [os.fsencode(text).decode('utf-8', 'surrogateescape') for text in sys.argv[1:]]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a name may hold what the locale can't show
+        sys.stdout.reconfigure(errors='backslashreplace')  # the locale may lack characters of a name
     try:
         given, arguments = read_argv(argv, table)
         status = 0
@@ -124,58 +142,80 @@ def run_script(program: str, usage: str, table: Sequence[Option],
             raise
         if why.errno == errno.ENOSPC:
             sys.stderr.write(f'{program}: unable to write to stdout: {why.strerror}\n')
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what was printed can't be, at the exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit succeeds
         return 1
 
 
 def parse_size(text: str) -> int:
-    """Return bytes for `200MB`, `1.5g` or `4096`; units are of 1024. Raises ValueError."""
-    number = text.strip().upper()
-    if number.endswith('B'):
-        number = number[:-1]
-    unit = number[-1:] if number[-1:] in SIZE_UNITS else ''
-    return int(_parse_number(
-        text, number[:len(number) - len(unit)], 'is not a size; write bytes, or a number with '
-        'KB, MB, GB or TB, as in 200MB') * SIZE_UNITS[unit])
+    """Return bytes for `200MB`, `1.5g`, `64KiB` or `4096`; all units are 1024-based. Raises ValueError."""
+    number, unit = _parse_number(
+        text, SIZE, 'is not a size; write bytes, or a number with KB, MB, GB or TB, as in 200MB')
+    return int(number * SIZE_UNITS[unit])
 
 
 def parse_time(text: str) -> float:
     """Return seconds for `90`, `90s`, `1.5m`, `2h` or `1d`. Raises ValueError."""
-    number = text.strip().lower()
-    unit = number[-1:] if number[-1:] in TIME_UNITS else ''
-    seconds = _parse_number(
-        text, number[:len(number) - len(unit)], 'is not a time; write seconds, or a number with '
-        's, m, h or d, as in 10m') * TIME_UNITS[unit]
+    number, unit = _parse_number(text, TIME, 'is not a time; write seconds, or a number with s, m, h or d, as in 10m')
+    seconds = number * TIME_UNITS[unit]
     if seconds > LONGEST_TIME_DAYS * 86400:
-        raise ValueError('%r is too long; write at most %dd' % (text, LONGEST_TIME_DAYS))
+        raise ValueError(f'{text!r} is too long; write at most {LONGEST_TIME_DAYS}d')
     return seconds
 
 
-def _parse_number(text: str, number: str, complaint: str) -> float:
-    number = number.strip()
-    digits = number.replace('.', '', 1)
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 15:
+def _parse_number(text: str, pattern: str, complaint: str) -> tuple[float, str]:
+    match = re.fullmatch(pattern, text.strip(), re.ASCII | re.IGNORECASE)
+    if not match or len(match[1].replace('.', '')) > NUMBER_DIGITS:
         raise ValueError(f'{text!r} {complaint}')
-    return float(number)
+    return float(match[1]), (match[2] or '').lower()
+
+
+def format_size(size_bytes: int) -> str:
+    """Return bytes as people read them: 200.0MB."""
+    for unit, factor in (('GB', 1024 ** 3), ('MB', 1024 ** 2), ('KB', 1024)):
+        if size_bytes >= factor:
+            return f'{size_bytes / factor:.1f}{unit}'
+    return f'{size_bytes}B'
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as people read them, in at most two units: 10s, 3m 5s, 59m, 1h 5m, 2d."""
+    if seconds < 9.95:
+        return f'{max(round(seconds, 1), 0):g}s'
+    total = round(seconds)
+    if total >= 600:
+        total -= total % 60  # seconds no longer matter
+    if total >= 86400:
+        total -= total % 3600
+    parts = []
+    for unit in 'dhms':
+        number, total = divmod(total, TIME_UNITS[unit])
+        if number:
+            parts.append(f'{number}{unit}')
+    return ' '.join(parts)
+
+
+def count(number: int, noun: str, plural: str = '') -> str:
+    """Return `1 restart`, `2 restarts` or, with a plural of its own, `2 processes`."""
+    return f'{number} {noun}' if number == 1 else f'{number} {plural or noun + "s"}'
 
 
 def parse_count(text: str) -> int:
-    """Return a whole number from 1. Raises ValueError."""
+    """Return a whole number, at least 1. Raises ValueError."""
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
-        raise ValueError(f'{text!r} is not a count; write a whole number from 1')
+        raise ValueError(f'{text!r} is not a count; write a whole number, at least 1')
     return int(text)
 
 
 def parse_timeout(text: str) -> float:
-    """Return seconds, more than none. Raises ValueError."""
+    """Return seconds, more than 0. Raises ValueError."""
     seconds = parse_time(text)
     if seconds <= 0:
-        raise ValueError(f'{text!r} is no time to wait; write more than 0 seconds')
+        raise ValueError(f'{text!r} must be greater than 0')
     return seconds
 
 
 class Rate(NamedTuple):
-    """So many times within so many seconds."""
+    """At most so many times within so many seconds."""
 
     times: int
     seconds: float
@@ -185,7 +225,7 @@ def parse_rate(text: str) -> Rate:
     """Return the Rate for `3/1h`. Raises ValueError."""
     times, slash, period = text.partition('/')
     if not slash:
-        raise ValueError(f'{text!r} is not a number within a time; write N/TIME, as in 3/1h')
+        raise ValueError(f'{text!r} is not a rate; write N/TIME, as in 3/1h')
     return Rate(parse_count(times), parse_timeout(period))
 
 
@@ -210,16 +250,16 @@ def parse_address(text: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return url with *** for its password, if it has one; url need not be a valid one."""
+    """Return url with its password, if it has one, replaced by ***; url need not be valid."""
     scheme, separator, rest = url.partition('://')
     if not separator:
         scheme, rest = '', url
     authority = re.split('[/?#]', rest, maxsplit=1)[0]
     _, colon, port = authority.rpartition(']')[2].partition(':')  # ] ends an IPv6 address
-    well_formed = separator and authority and (not colon or port.isascii() and port.isdigit())
+    well_formed = separator and authority and (not colon or (port.isascii() and port.isdigit()))
     if '@' not in authority and not well_formed:
         authority = rest[:rest.rfind('@') + 1]  # a / ? or # in the password, which should have been encoded
-    user, at, host = authority.rpartition('@')
+    user, _, host = authority.rpartition('@')
     name, colon, _ = user.partition(':')
     if not colon:
         return url
@@ -229,8 +269,37 @@ def without_password(url: str) -> str:
 def parse_text(text: str) -> str:
     """Return text that is not empty. Raises ValueError."""
     if not text:
-        raise ValueError('an empty text; write at least a character')
+        raise ValueError('must not be empty')
     return text
+
+
+class Name(NamedTuple):
+    """A name that -p accepts: a program in any group, in one group, or all programs of a group."""
+
+    group: str | None
+    program: str | None
+
+    def matches(self, group: str, program: str) -> bool:
+        return self.group in (None, group) and self.program in (None, program)
+
+    def means(self, group: str, program: str) -> bool:
+        return self.matches(group, program)
+
+    def __str__(self) -> str:
+        return ':'.join(filter(None, (self.group, self.program or '*')))
+
+
+EVERY = Name(None, None)
+
+
+def parse_name(text: str) -> Name:
+    """Return the Name for `program`, `group:program` or `group:*`. Raises ValueError."""
+    parts = text.strip().split(':')
+    if len(parts) == 1 and parts[0] and parts[0] != '*':
+        return Name(None, parts[0])
+    if len(parts) == 2 and parts[0]:
+        return Name(parts[0], None if parts[1] in ('', '*') else parts[1])
+    raise ValueError(f'{text!r} is not a process name; write program, group:program or group:*')
 
 
 COMMON_OPTIONS = (

@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from superlance.listener import Event, Log, parse_tokens, uninterrupted
-from superlance.options import Rate, UsageError, without_password
+from superlance.options import EVERY, Name, Rate, UsageError, parse_name, without_password  # noqa: F401
 
 # supervisor/states.py, all of them
 STOPPED, STARTING, RUNNING, BACKOFF = 0, 10, 20, 30
@@ -68,32 +68,6 @@ class Process(NamedTuple):
     @property
     def uptime_seconds(self) -> int:
         return max(0, self.now - self.start)
-
-
-class Name(NamedTuple):
-    """What -p names: a program in any group, in one group, or all of a group."""
-
-    group: str | None
-    program: str | None
-
-    def means(self, group: str, program: str) -> bool:
-        return self.group in (None, group) and self.program in (None, program)
-
-    def __str__(self) -> str:
-        return ':'.join(filter(None, (self.group, self.program or '*')))
-
-
-EVERY = Name(None, None)
-
-
-def parse_name(text: str) -> Name:
-    """Return the Name for `program`, `group:program` or `group:*`. Raises ValueError."""
-    parts = text.strip().split(':')
-    if len(parts) == 1 and parts[0] and parts[0] != '*':
-        return Name(None, parts[0])
-    if len(parts) == 2 and parts[0]:
-        return Name(parts[0], None if parts[1] in ('', '*') else parts[1])
-    raise ValueError(f'{text!r} is not a process name; write program, group:program or group:*')
 
 
 def find_unmatched(names: Iterable[Name], processes: Iterable[Process]) -> list[str]:

@@ -5,21 +5,30 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any, Callable, Sequence
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 from support import C_LOCALE, PYTHON, TIMEOUT
 
 from superlance import __version__, memmon
 from superlance.options import (
     COMMON_OPTIONS,
+    EVERY,
     Given,
+    Name,
     Option,
     Rate,
     UsageError,
+    count,
+    format_duration,
+    format_size,
     parse_address,
     parse_addresses,
     parse_count,
+    parse_name,
     parse_rate,
     parse_size,
     parse_text,
@@ -50,6 +59,11 @@ VALUES: Sequence[tuple[Parse, str, Any]] = (
     (parse_size, '  10kb', 10 * KB),
     (parse_size, '10kb\t', 10 * KB),
     (parse_size, '2TB', 2 * TB),
+    (parse_size, '64KiB', 64 * KB),
+    (parse_size, '200 mib', 200 * MB),
+    (parse_size, '1.5GIB', 3 * GB // 2),
+    (parse_size, '2TiB', 2 * TB),
+    (parse_size, '7B', 7),
     (parse_size, '3t', 3 * TB),
     (parse_size, '999999999999999TB', 999999999999999 * TB),
     (parse_size, '1.1', 1),
@@ -78,22 +92,22 @@ WRONG: Sequence[tuple[Parse, str, str]] = tuple(
     [(parse_size, text, 'write bytes, or a number with KB, MB, GB or TB') for text in (
         'banana', '', ' ', 'MB', 'B', 'k', '.', '-1', '+1', '1e3', '1.2.3', '1,5GB', '0x10', '1_000', 'inf', 'nan',
         '10PB', '10BB', '10MBB', '10 M B', '\u0661\u0660', '10\xb2', '\uff11\uff10', '10\u212a', '1' * 16,
-        '1' * 5000, '10\x00', 'MB10')]
+        '1' * 5000, '10\x00', 'MB10', '10ib', '10kbi', '10KiBB')]
     + [(parse_time, text, 'write seconds, or a number with s, m, h or d') for text in (
         'banana', '', 's', '-1', '1e3', '1.2.3', '10ms', '10w', '1h30m', '\u0661', '10\u017f', '1' * 16, 'inf')]
     + [(parse_time, text, 'write at most 10000d') for text in ('10001d', '864000001', '999999999999999d')]
-    + [(parse_timeout, text, 'write more than 0 seconds') for text in ('0', '0.0', '0d')]
+    + [(parse_timeout, text, 'must be greater than 0') for text in ('0', '0.0', '0d')]
     + [(parse_timeout, 'soon', 'write seconds')]
-    + [(parse_count, text, 'write a whole number from 1') for text in (
+    + [(parse_count, text, 'write a whole number, at least 1') for text in (
         '0', '', '-1', '1.5', ' 1', 'x', '\u0663', '\xb2', '1' * 10, '1' * 5000)]
     + [(parse_rate, text, 'N/TIME') for text in ('3', '', '1h')]
-    + [(parse_rate, '0/1h', 'write a whole number from 1'), (parse_rate, 'x/1h', 'write a whole number from 1'),
+    + [(parse_rate, '0/1h', 'write a whole number, at least 1'), (parse_rate, 'x/1h', 'write a whole number, at least 1'),
        (parse_rate, '3/', 'write seconds'), (parse_rate, '3/1/2', 'write seconds'),
-       (parse_rate, '3/0', 'write more than 0 seconds'), (parse_text, '', 'write at least a character'),
+       (parse_rate, '3/0', 'must be greater than 0'), (parse_text, '', 'must not be empty'),
        (parse_address, 'a@example.com, b@example.com', 'is more than one mail address')])
 
 
-@pytest.mark.parametrize('parse, text, value', VALUES)
+@pytest.mark.parametrize(('parse', 'text', 'value'), VALUES)
 def test_value(parse: Parse, text: str, value: object) -> None:
     assert parse(text) == value
     given, _ = read_argv(['--value', text], [Option('', 'value', parse)])
@@ -104,7 +118,7 @@ def test_size_is_whole() -> None:
     assert isinstance(parse_size('1.0000001KB'), int)
 
 
-@pytest.mark.parametrize('parse, text, expected', WRONG)
+@pytest.mark.parametrize(('parse', 'text', 'expected'), WRONG)
 def test_wrong_value(parse: Parse, text: str, expected: str) -> None:
     with pytest.raises(ValueError) as why:
         parse(text)
@@ -120,9 +134,87 @@ def test_complaint_shows_the_value(parse: Parse) -> None:
         parse('ban\x1bana\n\udc80')
 
 
+@pytest.mark.parametrize(('size_bytes', 'text'), [
+    (0, '0B'), (1023, '1023B'), (KB, '1.0KB'), (1536, '1.5KB'), (MB, '1.0MB'), (200 * MB, '200.0MB'),
+    (3 * GB // 2, '1.5GB'), (2 * TB, '2048.0GB'),
+])
+def test_size_for_people(size_bytes: int, text: str) -> None:
+    assert format_size(size_bytes) == text
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [
+    (-1, '0s'), (0, '0s'), (0.04, '0s'), (0.25, '0.2s'), (5, '5s'), (9.94, '9.9s'), (9.96, '10s'), (59.4, '59s'),
+    (59.6, '1m'), (90, '1m 30s'), (180, '3m'), (185, '3m 5s'), (599, '9m 59s'), (601, '10m'), (3592, '59m'),
+    (3600, '1h'), (3900, '1h 5m'), (86399, '23h 59m'), (86400, '1d'), (90000, '1d 1h'), (86400 + 120, '1d'),
+])
+def test_duration_for_people(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@given(st.integers(0, 10 ** 12))
+@settings(deadline=None, derandomize=True)
+def test_size_for_people_is_read_back(size_bytes: int) -> None:
+    assert parse_size(format_size(size_bytes)) == pytest.approx(size_bytes, rel=0.06)
+
+
+@given(st.floats(0, 10000 * 86400))
+@settings(deadline=None, derandomize=True)
+def test_duration_for_people_has_at_most_two_units_and_is_close(seconds: float) -> None:
+    parts = format_duration(seconds).split()
+    assert len(parts) <= 2
+    assert sum(map(parse_time, parts)) == pytest.approx(seconds, abs=0.51 if seconds < 600 else 3600, rel=0.1)
+
+
+@given(st.text())
+@settings(deadline=None, derandomize=True)
+def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
+    for parse in (parse_size, parse_time, parse_timeout, parse_count, parse_rate, parse_name, parse_addresses):
+        with suppress(ValueError):
+            parse(text)
+
+
+def test_count() -> None:
+    assert [count(n, 'restart') for n in (0, 1, 2)] == ['0 restarts', '1 restart', '2 restarts']
+    assert [count(n, 'process', 'processes') for n in (1, 2)] == ['1 process', '2 processes']
+
+
+# Names.
+
+@pytest.mark.parametrize(('text', 'name', 'shown'), [
+    ('web', Name(None, 'web'), 'web'),
+    (' web ', Name(None, 'web'), 'web'),
+    ('shop:web', Name('shop', 'web'), 'shop:web'),
+    ('shop:*', Name('shop', None), 'shop:*'),
+    ('shop:', Name('shop', None), 'shop:*'),
+    ('größe', Name(None, 'größe'), 'größe'),
+])
+def test_parse_name(text: str, name: Name, shown: str) -> None:
+    assert parse_name(text) == name
+    assert str(name) == shown
+
+
+@pytest.mark.parametrize('text', ['', ' ', '*', ':', ':web', '*:'[1:], 'a:b:c', 'a::'])
+def test_text_that_is_no_name(text: str) -> None:
+    with pytest.raises(ValueError, match='is not a process name; write program, group:program or group:\\*'):
+        parse_name(text)
+
+
+@pytest.mark.parametrize(('name', 'matching'), [
+    ('web', ['web:web', 'shop:web']),
+    ('shop:web', ['shop:web']),
+    ('shop:*', ['shop:web', 'shop:db']),
+    ('we', []),
+    ('Web', []),
+])
+def test_name_matches(name: str, matching: list[str]) -> None:
+    names = ['web:web', 'shop:web', 'shop:db', 'db:x']
+    assert [text for text in names if parse_name(name).matches(*text.split(':'))] == matching
+    assert all(EVERY.matches(*text.split(':')) for text in names)
+
+
 # Mail addresses.
 
-@pytest.mark.parametrize('text, addresses', [
+@pytest.mark.parametrize(('text', 'addresses'), [
     ('bob@example.com', ['bob@example.com']),
     ('root', ['root']),
     ('  bob@example.com\n', ['bob@example.com']),
@@ -192,7 +284,7 @@ def test_addresses(text: str, addresses: list[str] | None) -> None:
 
 # URLs.
 
-@pytest.mark.parametrize('url, shown', [
+@pytest.mark.parametrize(('url', 'shown'), [
     ('http://localhost:8080/health', None),
     ('http://bob@localhost/', None),
     ('http://localhost/a:b@c?d:e@f#g:h@i', None),
@@ -226,26 +318,40 @@ def test_without_password(url: str, shown: str) -> None:
 
 # Command lines.
 
-TABLE = (
-    Option('p', 'program', parse_text),
-    Option('g', 'groupname', str),
-    Option('a', 'any', parse_size),
-    Option('c', 'cumulative'),
-    Option('', 'samples', parse_count),
-    Option('s', 'sendmail_program', parse_text),
-) + COMMON_OPTIONS
+TABLE = (Option('p', 'program', parse_text), Option('g', 'groupname', str), Option('a', 'any', parse_size), Option('c', 'cumulative'), Option('', 'samples', parse_count), Option('s', 'sendmail_program', parse_text), *COMMON_OPTIONS)
 
 
 def test_given() -> None:
-    given = Given()
-    given.add('any', 1)
-    given.add('any', 2)
-    assert 'any' in given and 'all' not in given
-    assert (given.all('any'), given.last('any'), given.last('any', 9)) == ([1, 2], 2, 2)
-    assert (given.all('all'), given.last('all'), given.last('all', 9)) == ([], None, 9)
+    options = Given()
+    options.add('any', 1)
+    options.add('any', 2)
+    assert 'any' in options
+    assert 'all' not in options
+    assert (options.all('any'), options.last('any'), options.last('any', 9)) == ([1, 2], 2, 2)
+    assert (options.all('all'), options.last('all'), options.last('all', 9)) == ([], None, 9)
 
 
-@pytest.mark.parametrize('argv, name, values, arguments', [
+def test_latest_option() -> None:
+    options = Given()
+    assert options.latest('sendmail_program', 'smtp') is None
+    for name in ('sendmail_program', 'any', 'smtp', 'sendmail_program', 'any'):
+        options.add(name, 1)
+    assert options.latest('sendmail_program', 'smtp') == 'sendmail_program'
+
+
+def test_ignored_arguments_become_warnings() -> None:
+    options = Given()
+    options.ignore_arguments('memmon', [])
+    assert options.warnings == []
+    options.ignore_arguments('memmon', ['b@example.com', 'smtp://robot:secret@host'])
+    options.ignore_empty('-n')
+    assert options.warnings == [
+        "ignored argument 'b@example.com': memmon takes options only; a value that contains spaces needs quotes",
+        "ignored argument 'smtp://robot:***@host': memmon takes options only; a value that contains spaces needs quotes",
+        'ignored option -n: its value is empty']
+
+
+@pytest.mark.parametrize(('argv', 'name', 'values', 'arguments'), [
     ([], 'any', [], []),
     (['-a', '1k'], 'any', [1024], []),
     (['-a1k', '--any=2k', '--any', '3k'], 'any', [1024, 2048, 3072], []),
@@ -281,7 +387,7 @@ def call(*argv: str) -> int:
     return run_script('tester', 'Usage: tester\n', TABLE, build, run, argv)
 
 
-@pytest.mark.parametrize('argv, holds', [
+@pytest.mark.parametrize(('argv', 'holds'), [
     (['-z'], ['-z', 'not recognized']),
     (['--zebra=1'], ['--zebra', 'not recognized']),
     (['--s', '1'], ['--s', 'not a unique prefix']),
@@ -291,8 +397,8 @@ def call(*argv: str) -> int:
     (['-a', 'banana'], ['option -a', "'banana'", 'KB, MB, GB or TB']),
     (['--any=banana'], ['option --any', "'banana'", 'KB, MB, GB or TB']),
     (['--an', 'banana'], ['option --any', "'banana'", 'KB, MB, GB or TB']),
-    (['--samples', '0'], ['option --samples', "'0'", 'a whole number from 1']),
-    (['-p', ''], ['option -p', 'an empty text', 'at least a character']),
+    (['--samples', '0'], ['option --samples', "'0'", 'a whole number, at least 1']),
+    (['-p', ''], ['option -p', 'must not be empty']),
     (['-a', 'ban\nana\x1b[1m'], ['option -a', "'ban\\nana\\x1b[1m'"]),
     (['-\n'], ['not recognized']),
     (['--zebra\n\r=1'], ['--zebra', 'not recognized']),
@@ -303,13 +409,15 @@ def test_usage_error(argv: list[str], holds: list[str], capsys: pytest.CaptureFi
     assert call(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ''
-    assert err.startswith('tester: ') and err.endswith("; try 'tester --help'\n") and len(err.splitlines()) == 1
+    assert err.startswith('tester: ')
+    assert err.endswith("; try 'tester --help'\n")
+    assert len(err.splitlines()) == 1
     assert err[:-1].isprintable()
     for text in holds:
         assert text in err
 
 
-@pytest.mark.parametrize('argv, status, output', [
+@pytest.mark.parametrize(('argv', 'status', 'output'), [
     (['--help'], 0, 'Usage: tester\n'),
     (['-h', '--version', 'stray'], 0, 'Usage: tester\n'),
     (['--hel', '-a', '1'], 0, 'Usage: tester\n'),
@@ -373,14 +481,18 @@ def test_arguments_are_utf8_whatever_the_locale() -> None:
 def test_usage_error_whatever_the_locale() -> None:
     status, out, err = run_process('-c', SCRIPT, b'--size', 'ban\xe4na\xff'.encode('latin-1'))
     assert (status, out) == (2, b'')
-    assert err.startswith(b'tester: option --size: ') and err.endswith(b"; try 'tester --help'\n")
-    assert err.count(b'\n') == 1 and err.isascii() and rb'\udce4' in err
+    assert err.startswith(b'tester: option --size: ')
+    assert err.endswith(b"; try 'tester --help'\n")
+    assert err.count(b'\n') == 1
+    assert err.isascii()
+    assert rb'\udce4' in err
     status, out, err = run_process('-c', SCRIPT, '--size=b\xe4'.encode())
     assert (status, out) == (2, b'')
-    assert rb"'b\xe4'" in err and err.count(b'\n') == 1
+    assert rb"'b\xe4'" in err
+    assert err.count(b'\n') == 1
 
 
-@pytest.mark.parametrize('arguments, status, out, err', [
+@pytest.mark.parametrize(('arguments', 'status', 'out', 'err'), [
     (['--help'], 0, memmon.__doc__, ''),
     (['--version'], 0, f'memmon {__version__}\n', ''),
     (['-a', 'banana'], 2, '', "memmon: option -a: 'banana' is not a size; write bytes, or a number with "
@@ -394,7 +506,7 @@ def test_memmon(arguments: list[str], status: int, out: str, err: str) -> None:
 FULL = b'memmon: unable to write to stdout: No space left on device\n'
 
 
-@pytest.mark.parametrize('arguments, redirection, status, said', [
+@pytest.mark.parametrize(('arguments', 'redirection', 'status', 'said'), [
     ('--help', '>&-', 0, b''),
     ('--help', '>/dev/full', 1, FULL),
     ('--version', '>/dev/full', 1, FULL),
