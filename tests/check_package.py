@@ -25,7 +25,7 @@ def run(*command: str | Path, folder: Path = ROOT) -> str:
 def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').glob('*.py')}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').rglob('*.py')}
     expected |= {'tests/requirements.txt', 'tox.ini', 'README.rst', 'CHANGES.txt', 'LICENSE.txt', '.ci/run'}
     assert expected <= names, f'missing in the sdist: {sorted(expected - names)}'
 

@@ -1,4 +1,4 @@
-"""Where the tests' mail arrives: the file of a mail command, or an SMTP server on loopback."""
+"""Inboxes for the tests' mail: the file of a mail command, or an SMTP server on loopback."""
 from __future__ import annotations
 
 from email import message_from_bytes
@@ -14,7 +14,7 @@ SEPARATOR = b'\n=====\n'
 
 
 class Inbox:
-    """The mails that have come so far, in the order in which they came."""
+    """The mails received so far, in their order."""
 
     def _read(self) -> list[bytes]:
         raise NotImplementedError
@@ -28,8 +28,8 @@ class Inbox:
         return [str(mail['Subject']).strip() for mail in self.mails]
 
     def wait(self, number: int = 1, timeout: float = TIMEOUT) -> list[EmailMessage]:
-        """Wait until so many mails have come, and return them."""
-        wait_for(lambda: len(self._read()) >= number, '%d mails' % number, timeout)
+        """Wait until number mails have been received, and return all."""
+        wait_for(lambda: len(self._read()) >= number, f'{number} mails', timeout)
         return self.mails
 
 
@@ -45,7 +45,7 @@ class CommandInbox(Inbox):
 
 
 class SmtpController(Controller):
-    """An SMTP server whose port, where it is 0, is told as soon as it is known."""
+    """An SMTP server whose port attribute is the real one even if 0 was requested."""
 
     def _trigger_server(self) -> None:
         server: Any = self.server
@@ -54,9 +54,9 @@ class SmtpController(Controller):
 
 
 def write_account(home: Path, port: int) -> None:
-    """Let msmtp, where this is its HOME, send to a server on loopback."""
+    """Let an msmtp with this HOME send to a server on loopback."""
     account = home / '.msmtprc'
-    account.write_text('account default\nhost 127.0.0.1\nport %d\nfrom x@example.com\nauto_from off\n' % port, 'utf-8')
+    account.write_text(f'account default\nhost 127.0.0.1\nport {port}\nfrom x@example.com\nauto_from off\n', 'utf-8')
     account.chmod(0o600)
 
 
@@ -70,7 +70,7 @@ class SmtpInbox(Inbox):
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
         self._received.append(envelope.content)
-        return '250 taken'
+        return '250 accepted'
 
     def _read(self) -> list[bytes]:
         return self._received

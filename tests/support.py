@@ -1,9 +1,11 @@
-"""The rig that the tests share: a real supervisord, a listener on its own, servers and proxies.
+"""The test rig: a real supervisord, a listener that the test itself drives, servers and proxies.
 
-All of it is on loopback or in a temporary folder, and ends with the test that started it.
+Everything listens on loopback or on a socket in a temporary folder, and every process ends with the test that
+started it: it carries a mark in its environment, as do the processes that it starts.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -20,21 +22,22 @@ from supervisor import childutils
 
 TIMEOUT = 30.0
 PYTHON = sys.executable
-COMMANDS = str(Path(PYTHON).parent)     # where the console scripts are
-# A locale that knows ASCII only, as an environment.
+COMMANDS = str(Path(PYTHON).parent)     # the folder of the console scripts
+NO_SUPERVISORD = 'unix:///nonexistent/supervisor.sock'
+# The environment of a locale that knows ASCII only.
 C_LOCALE = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
-# A rule of a Proxy for getProcessInfo: the look before a stop passes, and those after it are lost.
+# Rules of a Proxy for getProcessInfo: the look before a stop passes, those after it are lost.
 ALL_LOST = ['pass'] + ['lose call'] * 3
 
 
 def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = '', timeout: float = TIMEOUT) -> Any:
-    """Return the first true value of condition; fail, and tell of what, when there is none in time."""
+    """Return the first true value of condition; fail with the text of `what` if there is none within timeout."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, 'not in time: %s' % ((what() if callable(what) else what) or condition)
+        assert time.monotonic() < deadline, f'not in time: {(what() if callable(what) else what) or condition}'
         time.sleep(0.02)
 
 
@@ -43,9 +46,9 @@ def read(path: Path) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
-        return Path('/proc/%d/stat' % pid).read_text('utf-8', 'replace').rpartition(')')[2].split()[0] != 'Z'
+        return Path(f'/proc/{pid}/stat').read_text('utf-8', 'replace').rpartition(')')[2].split()[0] != 'Z'
     except OSError:
         return False
 
@@ -63,20 +66,46 @@ def find_children(pid: int) -> list[int]:
     return children
 
 
+_MARK = 'SUPERLANCE_TEST'
+_marks = itertools.count()
+
+
+def make_mark() -> dict[str, str]:
+    """Return an environment variable by which a process and its descendants are found again."""
+    return {_MARK: f'{os.getpid()}-{next(_marks)}'}
+
+
+def kill_marked(mark: dict[str, str]) -> None:
+    """Kill every process that has the mark, until there is none, not even one started meanwhile."""
+    wanted = f'\0{_MARK}={mark[_MARK]}\0'.encode()
+
+    def kill() -> bool:
+        found = False
+        for path in Path('/proc').glob('[0-9]*/environ'):
+            try:
+                if wanted in b'\0' + path.read_bytes():    # a zombie's is empty
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    found = True
+            except OSError:
+                continue    # gone, or another user's
+        return not found
+
+    wait_for(kill, 'the end of the processes that the test started')
+
+
 class Listener:
-    """A command as a process of the test's own, which plays supervisord's side of the protocol."""
+    """A command as a process; the test plays supervisord's side of the protocol."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str] | None = None,
                  folder: Path | None = None, **popen: Any) -> None:
-        env = dict(os.environ, SUPERVISOR_SERVER_URL='unix:///nonexistent/supervisor.sock',
-                   SUPERVISOR_GROUP_NAME='listener', SUPERVISOR_PROCESS_NAME='listener')
-        env.update(environment or {})
-        # A file, not a pipe: it holds every line that was written before an acknowledgement.
-        self._log = tempfile.TemporaryFile()
-        options: dict[str, Any] = dict(
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0, env=env, cwd=folder)
-        options.update(popen)
-        self.process = subprocess.Popen([PYTHON, '-m', 'superlance.' + arguments[0], *arguments[1:]], **options)
+        self._mark = make_mark()
+        env = {**os.environ, 'SUPERVISOR_SERVER_URL': NO_SUPERVISORD, 'SUPERVISOR_GROUP_NAME': 'listener',
+               'SUPERVISOR_PROCESS_NAME': 'listener', **(environment or {}), **self._mark}
+        # A file, not a pipe: every line that was written before an acknowledgement is in it.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        options: dict[str, Any] = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self._log,
+                                   'bufsize': 0, 'env': env, 'cwd': folder, **popen}
+        self.process = subprocess.Popen([PYTHON, '-m', f'superlance.{arguments[0]}', *arguments[1:]], **options)
         self.pid = self.process.pid
         self._serial = 0
 
@@ -87,6 +116,7 @@ class Listener:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        kill_marked(self._mark)
         for stream in (self.process.stdin, self.process.stdout):
             if stream:
                 stream.close()
@@ -100,7 +130,7 @@ class Listener:
         return self.log
 
     def expect(self, expected: bytes) -> None:
-        """Read just these bytes from the listener's stdout."""
+        """Read exactly these bytes from the listener's stdout."""
         assert self.process.stdout
         got = b''
         while len(got) < len(expected):
@@ -114,10 +144,10 @@ class Listener:
         self.process.stdin.write(data)
 
     def send_event(self, name: str, payload: str) -> None:
-        """Write an event as supervisord does, whose len counts characters."""
+        """Write an event as supervisord does: len counts characters."""
         self._serial += 1
-        header = 'ver:3.0 server:supervisor serial:%d pool:listener poolserial:%d eventname:%s len:%d\n' % (
-            self._serial, self._serial, name, len(payload))
+        header = (f'ver:3.0 server:supervisor serial:{self._serial} pool:listener poolserial:{self._serial} '
+                  f'eventname:{name} len:{len(payload)}\n')
         self.write((header + payload).encode('utf-8'))
 
     def serve_event(self, name: str, payload: str) -> None:
@@ -127,15 +157,15 @@ class Listener:
         self.expect(b'RESULT 2\nOK')
 
     def tick(self) -> None:
-        """Serve a tick that is younger than any restart before it, though `when` is in whole seconds."""
-        self.serve_event('TICK_5', 'when:%d' % (time.time() + 1))
+        """Serve a tick that is later than any restart before it, although `when` is in whole seconds."""
+        self.serve_event('TICK_5', f'when:{int(time.time() + 1)}')
 
     def crash(self, program: str = 'web', group: str | None = None, pid: int = 123, expected: int = 0) -> None:
-        self.serve_event('PROCESS_STATE_EXITED', 'processname:%s groupname:%s from_state:RUNNING expected:%d pid:%d'
-                         % (program, group or program, expected, pid))
+        self.serve_event('PROCESS_STATE_EXITED', f'processname:{program} groupname:{group or program} '
+                                                 f'from_state:RUNNING expected:{expected} pid:{pid}')
 
     def close(self) -> int:
-        """End the input and return the exit status."""
+        """Close the input and return the exit status."""
         assert self.process.stdin
         self.process.stdin.close()
         return self.process.wait(TIMEOUT)
@@ -148,13 +178,14 @@ class Listener:
 class Supervisord:
     """A real supervisord in a folder, with the programs and listeners of a configuration.
 
-    server are further lines of the http server's section; without own_server and interface, the text has
-    the sections for these itself, or does without. In the text, %(here)s is the folder, and PYTHON and BIN
-    are the tested Python and its scripts' folder.
+    server: further lines of the section of the HTTP server. own_server=False: the text has that section
+    itself, or there is none; interface=False: there is no RPC interface. In the text, %(here)s is the folder,
+    PYTHON and BIN/ are the tested Python and the folder of its scripts.
     """
 
     def __init__(self, folder: Path, sections: str, server: str = '', interface: bool = True, own_server: bool = True,
                  environment: dict[str, str] | None = None) -> None:
+        self._mark = make_mark()
         self.folder = folder
         self.socket = folder / ('s.sock' if own_server else 'supervisor.sock')
         self.url = f'unix://{self.socket}'
@@ -172,8 +203,8 @@ class Supervisord:
         self.configuration.write_text('\n'.join(parts), 'utf-8')
         self.process = subprocess.Popen(
             [PYTHON, '-m', 'supervisor.supervisord', '-n', '-c', str(self.configuration)], cwd=folder,
-            env=dict(os.environ, **(environment or {})), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+            env={**os.environ, **(environment or {}), **self._mark},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.pid = self.process.pid
         try:
             if interface and own_server and not server:
@@ -191,22 +222,14 @@ class Supervisord:
         self.stop()
 
     def stop(self) -> None:
-        """End supervisord and all its processes."""
-        children = find_children(self.pid)
+        """Kill supervisord and all its processes: an orderly shutdown takes a second or two."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-            try:
-                self.process.wait(TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        for pid in children:
-            if is_alive(pid):
-                os.kill(pid, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
+        kill_marked(self._mark)
 
     def _accepts(self) -> bool:
-        """Return whether supervisord takes connections, which is a while after its socket's file is there."""
+        """Return whether supervisord accepts connections: a while after the socket's file appears."""
         assert self.process.poll() is None, read(self.log_path)
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.socket)) == 0
@@ -224,7 +247,7 @@ class Supervisord:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a Listener that is to talk to this supervisord."""
+        """The environment of a Listener that uses this supervisord."""
         return {'SUPERVISOR_SERVER_URL': self.url}
 
     @property
@@ -253,7 +276,7 @@ class Supervisord:
 
 
 def read_until(client: socket.socket, end: bytes) -> bytes:
-    """Return what a client sends up to and with end. Raises ConnectionError where it goes before."""
+    """Return what a client sends, up to and including end. Raises ConnectionError if it closes before that."""
     request = b''
     while end not in request:
         received = client.recv(65536)
@@ -264,10 +287,10 @@ def read_until(client: socket.socket, end: bytes) -> bytes:
 
 
 class Proxy:
-    """A unix socket before supervisord's, which can lose a call or its answer.
+    """A unix socket in front of supervisord's that can lose a call or its answer.
 
     rules maps a method name to what happens to its next calls, one word each: 'pass', 'lose call' (it
-    never reaches supervisord), 'lose answer' (it does, the answer is cut off). Further calls pass.
+    never reaches supervisord), 'lose answer' (it does, but the answer is cut off). Further calls pass.
     """
 
     def __init__(self, path: Path, target: Path, rules: dict[str, list[str]]) -> None:
@@ -314,22 +337,23 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
-def run_by_hand(script: str, *arguments: str, folder: Path | None = None,
-                **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end as from a shell, where supervisord has set nothing."""
+def run_command_line(script: str, *arguments: str, folder: Path | None = None,
+                     **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end as from a shell, without the variables that supervisord sets."""
     env = {name: value for name, value in os.environ.items() if not name.startswith('SUPERVISOR_')}
-    return subprocess.run([PYTHON, '-m', 'superlance.' + script, *arguments], cwd=folder, env=dict(env, **environment),
+    return subprocess.run([PYTHON, '-m', f'superlance.{script}', *arguments], cwd=folder, env={**env, **environment},
                           stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=2 * TIMEOUT)
 
 
+run_by_hand = run_command_line      # until all its users are migrated
+
+
 def accept_all(server: socket.socket, handle: Callable[[socket.socket], None]) -> None:
-    """Serve each connection to a listening socket with handle, on a thread of its own, until it is shut down."""
+    """Serve each connection to a listening socket with handle, on its own thread, until the socket is shut down."""
     def serve(client: socket.socket) -> None:
         with client:
-            try:
+            with suppress(OSError):     # the client has closed
                 handle(client)
-            except OSError:
-                pass  # the client has gone
 
     def accept() -> None:
         while True:
@@ -345,7 +369,7 @@ def accept_all(server: socket.socket, handle: Callable[[socket.socket], None]) -
 @contextmanager
 def serving(handle: Callable[[socket.socket], None], family: int = socket.AF_INET,
             address: Any = ('127.0.0.1', 0)) -> Iterator[Any]:
-    """Serve each connection with handle; yield the port, or the path."""
+    """Serve each connection with handle; yield the port, or the path of a unix socket."""
     with socket.socket(family) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)

@@ -1,0 +1,18 @@
+"""What every test gets: an environment without the variables that a supervisord around the tests would set."""
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# A run is repeatable, and a busy machine is no failure.
+settings.register_profile('superlance', deadline=None, derandomize=True)
+settings.load_profile('superlance')
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _own_environment() -> None:
+    for name in list(os.environ):
+        if name.startswith(('SUPERVISOR_', 'SUPERLANCE_')):
+            del os.environ[name]
