@@ -273,6 +273,11 @@ def parse_text(text: str) -> str:
     return text
 
 
+def join_names(names: Sequence[str]) -> str:
+    """Return at most three names, and how many more there are: `a, b, c and 2 more`."""
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
 class Name(NamedTuple):
     """A name that -p accepts: a program in any group, in one group, or all programs of a group."""
 
