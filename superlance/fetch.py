@@ -191,7 +191,7 @@ class BoundedSocket(io.RawIOBase):
         """Leave the socket open: http.client closes a connection before it reads the body."""
 
 
-def connect(request: Request, seconds_left: SecondsLeft, sleep: Callable[[float], None] = time.sleep) -> socket.socket:
+def connect(request: Request, seconds_left: SecondsLeft) -> socket.socket:
     """Return a connected socket. Raises OSError, TimedOut and Unknown.
 
     A unix socket "refuses" also while its file is not there yet, or its queue is full for a moment.
@@ -203,7 +203,7 @@ def connect(request: Request, seconds_left: SecondsLeft, sleep: Callable[[float]
             left = seconds_left()
             if not request.retry_refused or left <= 0:
                 raise
-            sleep(min(RETRY_REFUSED_SECONDS, left))
+            time.sleep(min(RETRY_REFUSED_SECONDS, left))
             if seconds_left() <= 0:
                 raise
 
