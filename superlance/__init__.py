@@ -1,3 +1,3 @@
 """Three event listeners for supervisor: httpok, crashmail and memmon."""
 
-__version__ = '3.0.0'
+__version__ = '3.1.0'

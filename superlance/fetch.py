@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple, Sequence
 from superlance import __version__
 from superlance.listener import one_line
 from superlance.options import without_password
-from superlance.processes import CantTell as Unknown
+from superlance.rpc import Unknown
 
 if TYPE_CHECKING:
     import ssl

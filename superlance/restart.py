@@ -1,0 +1,468 @@
+"""A restart that never leaves a process down."""
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from enum import Enum
+from typing import Callable, NamedTuple
+
+from superlance.command import CommandFailed, Deadline, run_command
+from superlance.listener import Event, ExitRequest, exit_request, parse_tokens
+from superlance.options import Rate, format_duration
+from superlance.rpc import Process, Refused, State, Supervisor, Unknown
+
+# How long a process is followed within one tick: while it is STARTING or STOPPING, and while it is in BACKOFF.
+FOLLOW_SECONDS = 60
+BACKOFF_SECONDS = 10
+LOOK_SECONDS = 0.1
+MAX_LOST_CALLS = 3
+# A failed start is repeated at the next tick, and then after these times.
+FIRST_RETRY_SECONDS = 60
+LAST_RETRY_SECONDS = 600
+# Child processes that are still there after this time outlived the stop.
+SURVIVE_SECONDS = 2
+PS_SECONDS = 10
+
+
+class Result(Enum):
+    """What became of a restart."""
+
+    RESTARTED = 'restarted'
+    STILL_STARTING = 'started, still STARTING'
+    STOP_FAILED = 'failed to stop'
+    START_FAILED = 'failed to start'
+    LEFT_ALONE = 'left alone'       # it is not the process that was checked, or somebody else controls it
+    LIMIT_REACHED = 'restart limit reached'
+    DRY_RUN = 'dry run'
+
+
+# What counts as a restart, even if it did not help or was only reported.
+COUNTED = (Result.RESTARTED, Result.STILL_STARTING, Result.START_FAILED, Result.DRY_RUN)
+
+# The subjects of mails, with the name of the process. The other results are only logged.
+SUBJECTS = {
+    Result.RESTARTED: 'process {} restarted',
+    Result.STOP_FAILED: 'failed to stop process {}',
+    Result.START_FAILED: 'failed to start process {}',
+    Result.LIMIT_REACHED: 'process {} left alone',
+    Result.DRY_RUN: 'dry run: process {} not restarted',
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a process, and a line that says so."""
+
+    process: Process
+    result: Result
+    text: str
+
+
+def make_outcome(process: Process, result: Result, reason: str = '') -> Outcome:
+    """Return the Outcome whose text is its result, the process and, if there is one, the reason."""
+    what = f'left {process.title} alone' if result is Result.LEFT_ALONE else f'{result.value} {process.title}'
+    return Outcome(process, result, f'{what}: {reason}' if reason else what)
+
+
+class Step(Enum):
+    """What to do next about a process that was stopped here."""
+
+    LOOK = 'look'
+    START = 'start'
+    WAIT = 'wait'
+    DONE = 'done'           # it runs, or has run
+    FAILED = 'failed'       # its start failed
+    LEAVE = 'leave'         # somebody else has started or stopped it
+    UNTOUCHED = 'untouched'  # it was not stopped
+
+
+class StoppedProcess:
+    """A process that was stopped here and is not known to run again; times are by the restarter's clock."""
+
+    def __init__(self, checked: Process) -> None:
+        self.checked = checked
+        self.is_stopped = False
+        self.trouble = ''                       # what went wrong last, in words
+        self.lost_calls = 0                     # in a row
+        self.followed_since = 0.0
+        # Our last start.
+        self.started_at = 0.0
+        self.is_start_pending = False           # its outcome is not known
+        self.is_start_accepted = False
+        self.is_start_refused = False
+        self.is_failure_reported = False
+        self.failed_start: int | None = None    # supervisord's start time of our last start that failed
+        self.may_repeat = True                  # a failed start, at once
+        self.failures = 0
+        self.retry_at = 0.0
+        self.reported: set[str] = set()
+        self.is_counted = False                 # as a restart, for the limit
+
+
+def find_next_step(stopped: StoppedProcess, current: Process) -> Step:
+    """Return what to do about a process that was stopped here, from what supervisord says of it now.
+
+    supervisord changes the start time at each start. If it is neither that of the checked process nor that of our
+    failed start, then a start of ours whose outcome is open, or somebody else, has changed it.
+    """
+    if current.state == State.RUNNING:
+        is_same = current.pid == stopped.checked.pid and not stopped.is_start_accepted
+        return Step.UNTOUCHED if is_same else Step.DONE
+    if current.state in (State.STARTING, State.STOPPING, State.BACKOFF):
+        return Step.WAIT
+    if current.state == State.STOPPED:
+        return Step.START if current.start == stopped.checked.start else Step.LEAVE
+    if stopped.is_start_pending:
+        return Step.FAILED if current.state == State.FATAL else Step.DONE
+    return Step.START if current.start == stopped.failed_start else Step.LEAVE
+
+
+class Restarter:
+    """Restarts processes one after another, and starts again those that it left down.
+
+    report is called with every Outcome. clock is monotonic, wall_clock counts seconds since the epoch.
+    """
+
+    def __init__(self, supervisor: Supervisor, report: Callable[[Outcome], None],
+                 limit: Rate | None = None, dry_run: bool = False, request: ExitRequest = exit_request,
+                 sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
+                 find_members: Callable[[int], set[int]] | None = None) -> None:
+        self._supervisor = supervisor
+        self._report = report
+        self._limit = limit
+        self._dry_run = dry_run
+        self._request = request
+        self._sleep = sleep
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._find_members = find_members or find_group_members
+        self._stopped: dict[str, StoppedProcess] = {}
+        self._restarts: dict[str, deque[float]] = {}
+        self._limited: set[str] = set()
+        self._dry_runs: set[tuple[str, int]] = set()
+        self._last_end = 0.0
+        self._is_finishing = False
+
+    def is_stale(self, tick: Event) -> bool:
+        """Return whether a tick was sent before the second in which the last restart ended.
+
+        A clock that was set back must not make every tick look stale.
+        """
+        when = parse_tokens(tick.payload).get('when', '').strip()
+        return when.isdecimal() and len(when) < 20 and int(when) < int(self._last_end) <= self._wall_clock()
+
+    def restart(self, checked: Process, prepare: Callable[[Process], None] | None = None) -> None:
+        """Stop the process and start it again; in a dry run, report it once for each process and pid.
+
+        prepare is called if the process is really going to be stopped.
+        """
+        if (checked.namespec, checked.pid) in self._dry_runs or checked.namespec in self._stopped \
+                or self._is_limited(checked):
+            return
+        if self._dry_run:
+            self._dry_runs.add((checked.namespec, checked.pid))
+            self._count(checked)
+            self._report(Outcome(checked, Result.DRY_RUN, f'dry run: would have restarted {checked.title}'))
+            return
+        if prepare:
+            changed = self._find_change(checked)
+            if changed:
+                self._report(changed)
+                return
+            prepare(checked)
+            if self._request.requested:
+                return
+        self._report(self._find_change(checked) or self._restart(checked))
+        self._last_end = self._wall_clock()
+
+    def retry(self) -> bool:
+        """Look after what was left down, and return whether something runs again; a new outcome is reported."""
+        is_restarted = False
+        for stopped in list(self._stopped.values()):
+            outcome = self._bring_back(stopped)
+            if not outcome:
+                continue
+            self._count_once(stopped, outcome)
+            if outcome.result is Result.RESTARTED:
+                is_restarted = True
+                self._last_end = self._wall_clock()
+            if outcome.text not in stopped.reported:
+                stopped.reported.add(outcome.text)
+                self._report(outcome)
+        return is_restarted
+
+    def finish(self) -> None:
+        """At exit, start what was left down, for the last time."""
+        self._is_finishing = True
+        self.retry()
+
+    # The limit.
+
+    def _is_limited(self, checked: Process) -> bool:
+        if self._limit is None:
+            return False
+        times = self._restarts.get(checked.namespec) or deque()
+        if len(times) < self._limit.times or times[0] <= self._clock() - self._limit.seconds:
+            self._limited.discard(checked.namespec)
+            return False
+        if checked.namespec not in self._limited:
+            self._limited.add(checked.namespec)
+            seconds = times[0] + self._limit.seconds - self._clock()
+            self._report(Outcome(checked, Result.LIMIT_REACHED, (
+                f'left {checked.title} alone: restart limit reached ({self._limit.times} in '
+                f'{format_duration(self._limit.seconds)}); investigate, or restart it yourself '
+                f'(supervisorctl restart {checked.title}); eligible again in {format_duration(seconds)}')))
+        return True
+
+    def _count(self, process: Process) -> None:
+        if self._limit:
+            self._restarts.setdefault(process.namespec, deque(maxlen=self._limit.times)).append(self._clock())
+
+    def _count_once(self, stopped: StoppedProcess, outcome: Outcome) -> None:
+        if outcome.result in COUNTED and not stopped.is_counted:
+            stopped.is_counted = True
+            self._count(stopped.checked)
+
+    # The stop.
+
+    def _find_change(self, checked: Process) -> Outcome | None:
+        """Return why a process must not be stopped, None if it still is the one that was checked."""
+        try:
+            current = self._supervisor.get_process(checked.namespec)
+        except (Refused, Unknown) as why:
+            return self._fail_to_stop(checked, why)
+        if current.state == State.STOPPING:
+            return make_outcome(checked, Result.LEFT_ALONE, 'it is STOPPING')
+        if current.pid != checked.pid:
+            now = f'{current.state_name} with pid {current.pid}' if current.pid else current.state_name
+            return make_outcome(checked, Result.LEFT_ALONE, f'it is now {now}; expected pid {checked.pid}')
+        return None
+
+    @staticmethod
+    def _fail_to_stop(checked: Process, why: Exception) -> Outcome:
+        is_left_alone = isinstance(why, Refused) and why.fault in ('SHUTDOWN_STATE', 'BAD_NAME')
+        return make_outcome(checked, Result.LEFT_ALONE if is_left_alone else Result.STOP_FAILED, str(why))
+
+    def _restart(self, checked: Process) -> Outcome:
+        stopped = StoppedProcess(checked)
+        try:
+            self._supervisor.call('stopProcess', checked.namespec)
+            stopped.is_stopped = True
+        except Refused as why:
+            return self._fail_to_stop(checked, why)
+        except Unknown as why:
+            stopped.trouble = str(why)
+        self._stopped[checked.namespec] = stopped
+        outcome = self._follow(stopped, Step.START if stopped.is_stopped else Step.LOOK)
+        self._count_once(stopped, outcome)
+        stopped.reported.add(outcome.text)
+        return self._add_survivors(stopped, outcome)
+
+    def _add_survivors(self, stopped: StoppedProcess, outcome: Outcome) -> Outcome:
+        """Return the outcome with the child processes that outlived the stop, if there are any."""
+        if not stopped.is_stopped or outcome.result not in COUNTED or self._request.requested:
+            return outcome
+        checked = stopped.checked
+        survivors = self._find_members(checked.pid)
+        if survivors:
+            self._sleep(SURVIVE_SECONDS)    # they may be just exiting
+            survivors &= self._find_members(checked.pid)
+        if not survivors:
+            return outcome
+        # A program with numprocs is a group of its own name; its processes are called web_00, web_01 and so on.
+        section = checked.group if checked.program.startswith(checked.group) else checked.program
+        plural = ('process', 'pid') if len(survivors) == 1 else ('processes', 'pids')
+        return outcome._replace(text=(
+            f'{outcome.text}, but {len(survivors)} of its child {plural[0]} outlived the stop '
+            f"({plural[1]} {', '.join(map(str, sorted(survivors)))}): set stopasgroup=true and killasgroup=true "
+            f'in [program:{section}]'))
+
+    # The start.
+
+    def _bring_back(self, stopped: StoppedProcess) -> Outcome | None:
+        """Look at a process that was left down at an earlier tick, and start it if its time has come.
+
+        Return None if there is nothing new.
+        """
+        try:
+            current = self._supervisor.get_process(stopped.checked.namespec)
+        except Refused as why:
+            return self._forget(stopped, Result.LEFT_ALONE, str(why))
+        except Unknown:
+            return None
+        step = find_next_step(stopped, current)
+        if step is Step.UNTOUCHED:
+            self._forget(stopped, Result.STOP_FAILED)
+            return None     # it has been reported already
+        if step in (Step.DONE, Step.LEAVE):
+            return self._settle(stopped, step, current)
+        if step is Step.FAILED:
+            self._note_failed_start(stopped, current)
+            if not stopped.is_failure_reported:
+                return self._fail(stopped, current.spawn_error)
+        elif step is Step.WAIT:
+            return None
+        stopped.is_stopped = True
+        if self._clock() < stopped.retry_at and not self._is_finishing:
+            return None
+        return self._follow(stopped, Step.START)
+
+    def _follow(self, stopped: StoppedProcess, step: Step) -> Outcome:
+        """Start a process, or look at it first, and follow it until it runs or can't be started now."""
+        stopped.followed_since = self._clock()
+        stopped.lost_calls = 0
+        while True:
+            try:
+                if step is Step.START:
+                    self._start(stopped)
+                    if self._is_exiting():
+                        return self._forget(stopped, Result.RESTARTED, 'its start was accepted')
+                current = self._supervisor.get_process(stopped.checked.namespec)
+            except (Refused, Unknown) as why:
+                step, outcome = Step.LOOK, self._note_trouble(stopped, why)
+            else:
+                stopped.lost_calls = 0
+                step = find_next_step(stopped, current)
+                outcome = self._take(stopped, step, current)
+            if outcome:
+                return outcome
+            if step is Step.FAILED:
+                step = Step.START
+            elif step is not Step.START:
+                self._sleep(LOOK_SECONDS)
+
+    def _start(self, stopped: StoppedProcess) -> None:
+        """Ask supervisord for a start, which answers as soon as it is accepted. Raises Refused and Unknown."""
+        was_pending, stopped.is_start_pending = stopped.is_start_pending, True  # even if the answer is lost
+        stopped.started_at = self._clock()
+        stopped.is_start_accepted = stopped.is_start_refused = stopped.is_failure_reported = False
+        try:
+            self._supervisor.call('startProcess', stopped.checked.namespec, False)
+            stopped.is_start_accepted = True
+        except Refused as why:
+            stopped.is_start_refused = True
+            # Other faults precede the start of a process (supervisor/rpcinterface.py).
+            stopped.is_start_pending = was_pending or why.fault in ('SPAWN_ERROR', 'ABNORMAL_TERMINATION')
+            raise
+
+    def _note_trouble(self, stopped: StoppedProcess, why: Exception) -> Outcome | None:
+        """Return the outcome if it is known; else the next look at the process shows it."""
+        if isinstance(why, Refused):
+            if why.fault in ('BAD_NAME', 'SHUTDOWN_STATE'):
+                return self._forget(stopped, Result.LEFT_ALONE, str(why))
+            stopped.trouble = str(why)
+            return None
+        stopped.lost_calls += 1
+        stopped.trouble = stopped.trouble or str(why)
+        return self._give_up(stopped) if stopped.lost_calls == MAX_LOST_CALLS else None
+
+    def _take(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome | None:
+        """Return the outcome, None if the process has to be followed further."""
+        if step is Step.UNTOUCHED:
+            return self._give_up(stopped)
+        stopped.is_stopped = stopped.is_stopped or current.state != State.STOPPING
+        if step in (Step.DONE, Step.LEAVE):
+            return self._settle(stopped, step, current)
+        if step is Step.WAIT:
+            return self._wait(stopped, current)
+        if step is Step.FAILED:
+            self._note_failed_start(stopped, current)
+        elif not stopped.is_start_refused:
+            return None
+        if stopped.may_repeat:
+            stopped.may_repeat = stopped.is_start_refused = False
+            self._sleep(LOOK_SECONDS)
+            return None
+        return self._fail(stopped, current.spawn_error if step is Step.FAILED else stopped.trouble)
+
+    def _wait(self, stopped: StoppedProcess, current: Process) -> Outcome | None:
+        """Return the outcome of a process that is STARTING, STOPPING or in BACKOFF, None to wait for it."""
+        now = self._clock()
+        if current.state == State.BACKOFF:
+            stopped.may_repeat = False  # supervisord itself repeats the start
+            is_over = now >= max(stopped.started_at, stopped.followed_since) + BACKOFF_SECONDS
+            return self._fail(stopped, current.spawn_error) if is_over or self._is_exiting() else None
+        if current.state == State.STARTING and self._is_exiting():
+            return self._forget(stopped, Result.RESTARTED, 'its start was accepted')
+        if now < stopped.followed_since + FOLLOW_SECONDS:
+            return None
+        duration = format_duration(FOLLOW_SECONDS)
+        if current.state == State.STARTING:
+            return Outcome(stopped.checked, Result.STILL_STARTING,
+                           f'{stopped.checked.title}: started, still STARTING after {duration}')
+        stopped.trouble = f'it is still STOPPING after {duration}'
+        stopped.is_stopped = False
+        return self._give_up(stopped)
+
+    def _note_failed_start(self, stopped: StoppedProcess, current: Process) -> None:
+        stopped.failed_start, stopped.is_start_pending = current.start, False
+
+    def _give_up(self, stopped: StoppedProcess) -> Outcome:
+        """Leave a process to the next tick."""
+        if stopped.is_stopped:
+            return self._fail(stopped, stopped.trouble)
+        return make_outcome(stopped.checked, Result.STOP_FAILED,
+                            f'{stopped.trouble}; if it stops after all, it is started again')
+
+    def _fail(self, stopped: StoppedProcess, reason: str) -> Outcome:
+        """Leave a process whose start failed to a later tick."""
+        stopped.failures += 1
+        stopped.is_failure_reported = True
+        seconds = 0 if stopped.failures == 1 else min(FIRST_RETRY_SECONDS << stopped.failures - 2, LAST_RETRY_SECONDS)
+        stopped.retry_at = self._clock() + seconds
+        next_try = 'not started again, as the listener is shutting down' if self._is_finishing else 'will retry'
+        return make_outcome(stopped.checked, Result.START_FAILED, f'{reason or stopped.trouble}; {next_try}')
+
+    def _settle(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:
+        if step is Step.DONE:
+            reason = '' if current.state == State.RUNNING else f'it is now {current.state_name}'
+            return self._forget(stopped, Result.RESTARTED, reason)
+        reason = ('somebody else has stopped it' if current.state == State.STOPPED
+                  else f'somebody else has started it, and it is now {current.state_name}')
+        return self._forget(stopped, Result.LEFT_ALONE, reason)
+
+    def _forget(self, stopped: StoppedProcess, result: Result, reason: str = '') -> Outcome:
+        del self._stopped[stopped.checked.namespec]
+        return make_outcome(stopped.checked, result, reason)
+
+    def _is_exiting(self) -> bool:
+        return self._is_finishing or self._request.requested
+
+
+def find_group_members(group_id: int) -> set[int]:
+    """Return the pids of the processes in a process group, without zombies.
+
+    supervisord makes every child the leader of a process group; a child of it that called setsid is not found.
+    """
+    try:
+        os.killpg(group_id, 0)
+    except ProcessLookupError:
+        return set()
+    except PermissionError:
+        pass    # the processes of another user
+    deadline = Deadline(PS_SECONDS)
+    try:
+        output = run_command(('ps', '-A', '-o', 'pid=', '-o', 'pgid=', '-o', 'stat='), deadline.seconds_left,
+                             environment=dict(os.environ, LC_ALL='C')).decode('ascii', 'replace')
+    except CommandFailed:
+        output = _read_proc()
+    rows = [line.split() for line in output.splitlines()]
+    return {int(row[0]) for row in rows
+            if len(row) == 3 and row[0].isdecimal() and row[1] == str(group_id) and not row[2].startswith('Z')}
+
+
+def _read_proc() -> str:
+    """Return the output of ps from Linux's /proc: the 3rd and 5th field of each stat (proc(5)); '' without one."""
+    lines = []
+    try:
+        for pid in filter(str.isdecimal, os.listdir('/proc')):
+            try:
+                with open(f'/proc/{pid}/stat', 'rb') as file:
+                    state, _, group_id = file.read().rpartition(b')')[2].split()[:3]
+            except OSError:
+                continue    # it has exited
+            lines.append(f"{pid} {group_id.decode('ascii')} {state.decode('ascii')}")
+    except OSError:
+        pass
+    return '\n'.join(lines)

@@ -1,0 +1,255 @@
+"""supervisord's XML-RPC interface: processes, their names, and calls.
+
+supervisor.childutils is imported when it is first needed: it costs 15 MB and 40 ms.
+"""
+from __future__ import annotations
+
+import marshal
+import os
+import sys
+import time
+from collections import deque
+from enum import IntEnum
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence, Tuple
+
+from superlance.command import CommandFailed, Deadline, run_command
+from superlance.listener import ExitRequest
+from superlance.options import EVERY, Name, UsageError, without_password
+
+CALL_TIMEOUT_SECONDS = 30
+# A listener that starts so many helper processes within so many seconds is better off with the import.
+HELPERS = 5
+HELPERS_SECONDS = 600
+
+Call = Tuple[Any, ...]     # a method's name and its arguments
+
+
+class State(IntEnum):
+    """The states of a process, from supervisor/states.py."""
+
+    STOPPED = 0
+    STARTING = 10
+    RUNNING = 20
+    BACKOFF = 30
+    STOPPING = 40
+    EXITED = 100
+    FATAL = 200
+    UNKNOWN = 1000
+
+
+class Unknown(Exception):
+    """Something could not be found out, which is not the same as bad; the message is one line."""
+
+
+class Refused(Exception):
+    """supervisord answered with a fault; `fault` is its name in supervisor.xmlrpc.Faults."""
+
+    def __init__(self, fault: str, text: str) -> None:
+        super().__init__(text)
+        self.fault = fault
+
+
+class Process(NamedTuple):
+    """A process as supervisord describes it; times are supervisord's, in whole seconds since the epoch."""
+
+    group: str
+    program: str
+    pid: int            # 0: it is not running
+    state: int
+    state_name: str
+    start: int          # 0: it has never been started
+    now: int
+    spawn_error: str
+
+    @property
+    def namespec(self) -> str:
+        """The name that identifies this process to supervisord."""
+        return f'{self.group}:{self.program}'
+
+    @property
+    def title(self) -> str:
+        """The name that supervisorctl shows to people."""
+        return self.program if self.group == self.program else self.namespec
+
+    @property
+    def uptime_seconds(self) -> int:
+        return max(0, self.now - self.start)
+
+
+def make_process(info: Mapping[str, Any]) -> Process:
+    """Return the Process for supervisor's info structure."""
+    return Process(info['group'], info['name'], info['pid'], info['state'], info['statename'],
+                   info['start'], info['now'], info.get('spawnerr') or '')
+
+
+def resolve_names(names: Iterable[Name], pairs: Iterable[tuple[str, str]]) -> list[Name]:
+    """Return the names in their order, as they apply to the (group, program) pairs of supervisord.
+
+    A bare name that no process has, but a group has, becomes the name of all of that group: a program with
+    `numprocs` is such a group.
+    """
+    programs, groups = set(), set()
+    for group, program in pairs:
+        programs.add(program)
+        groups.add(group)
+    return [Name(name.program, None)
+            if name.group is None and name.program in groups and name.program not in programs else name
+            for name in names]
+
+
+def find_unmatched(names: Iterable[Name], pairs: Iterable[tuple[str, str]]) -> list[Name]:
+    """Return the names that match none of the (group, program) pairs; EVERY always matches."""
+    known = list(pairs)
+    names = list(names)
+    return [name for name, resolved in zip(names, resolve_names(names, known))
+            if name != EVERY and not any(resolved.matches(*pair) for pair in known)]
+
+
+class Supervisor:
+    """supervisord's XML-RPC interface, as far as the listeners need it.
+
+    Every call uses a fresh connection: one that was kept open may be closed an hour later.
+    All calls raise Unknown if there is no answer, and Refused if the answer is a fault.
+    """
+
+    def __init__(self, environment: Mapping[str, str], timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
+        self._environment = environment
+        self._timeout_seconds = timeout_seconds
+        self._helpers: deque[float] = deque(maxlen=HELPERS)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of supervisor's interface and return its answer."""
+        import socket
+        from http.client import HTTPException
+        from urllib.parse import urlsplit
+        from xml.parsers.expat import ExpatError
+        from xmlrpc.client import Error, Fault, ProtocolError
+
+        from supervisor.childutils import getRPCInterface
+        from supervisor.xmlrpc import Faults, getFaultDescription
+
+        url = self._environment.get('SUPERVISOR_SERVER_URL', '')
+        shown = without_password(url)
+        # Both kinds of supervisor's connections use this as their timeout.
+        socket.setdefaulttimeout(self._timeout_seconds)
+        try:
+            parts = urlsplit(url)
+            if parts.scheme == 'http' and not parts.hostname:
+                raise ValueError('the URL has no host')
+            proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
+            try:
+                return getattr(proxy.supervisor, method)(*arguments)
+            finally:
+                proxy('close')()
+        except Fault as why:
+            if why.faultCode == Faults.UNKNOWN_METHOD:
+                raise Unknown(f'supervisord at {shown} does not offer this interface: supervisord.conf needs an '
+                              '[rpcinterface:supervisor] section') from why
+            raise Refused(getFaultDescription(why.faultCode), why.faultString) from why
+        except ProtocolError as why:
+            if why.errcode == 401:
+                raise Unknown(self._describe_401()) from None
+            raise Unknown(f'supervisord at {shown} answered {method} with {why.errcode} {why.errmsg}') from None
+        except PermissionError as why:
+            raise Unknown(f"user {os.getuid()} may not open supervisord's socket {shown}: see chmod and chown in "
+                          "[unix_http_server], or user in the listener's section") from why
+        except (OSError, HTTPException, ExpatError, Error, ValueError) as why:
+            # If the URL has a password, the text may contain a part of it.
+            reason = getattr(why, 'strerror', None) or (str(why) if shown == url else '') or type(why).__name__
+            raise Unknown(f'supervisord at {shown} does not answer {method}: {reason}') from None
+
+    def _describe_401(self) -> str:
+        complaint = ('rejects the user name and password (401): check' if self._environment.get('SUPERVISOR_USERNAME')
+                     else 'requires a user name and password (401): set')
+        return (f"supervisord {complaint} SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD with environment= in the "
+                "listener's section (with --once: username and password in [supervisorctl])")
+
+    def get_processes(self) -> list[Process]:
+        return [make_process(info) for info in self.call('getAllProcessInfo')]
+
+    def get_process(self, namespec: str) -> Process:
+        return make_process(self.call('getProcessInfo', namespec))
+
+    def get_processes_in_helper(self, seconds: float, interrupt: ExitRequest | None = None) -> list[Process]:
+        """Return what get_processes does, through call_in_helper."""
+        answer, = self.call_in_helper([('getAllProcessInfo',)], seconds, interrupt)
+        return [make_process(info) for info in answer]
+
+    def call_in_helper(self, calls: Sequence[Call], seconds: float, interrupt: ExitRequest | None = None) -> list[Any]:
+        """Make the calls in a helper process and return their answers, so that this one is spared the import.
+
+        A helper costs 90 ms. If one can't be started, or is needed often, the calls are made here.
+        Raises Unknown also after so many seconds, and when interrupt is requested.
+        """
+        now = time.monotonic()
+        is_often = len(self._helpers) == HELPERS and now - self._helpers[0] < HELPERS_SECONDS
+        if is_often or 'supervisor.childutils' in sys.modules:
+            return [self.call(*call) for call in calls]
+        self._helpers.append(now)
+        deadline = Deadline(seconds)
+        request = marshal.dumps((self._timeout_seconds, list(calls))).hex()
+        try:
+            # Not `python -m`, which would import from the working directory.
+            output = run_command(
+                [sys.executable, '-c', f'import sys; sys.path[:] = {sys.path!r}\n'
+                 f'from superlance.rpc import answer_calls; answer_calls({request!r})'],
+                deadline.seconds_left, environment={**os.environ, **self._environment}, interrupt=interrupt)
+            # Before the last line there may be warnings of what is imported.
+            answers, fault, reason = marshal.loads(bytes.fromhex(output.split()[-1].decode('ascii')))
+        except CommandFailed as why:
+            if interrupt and interrupt.requested:
+                raise Unknown('interrupted, because the listener is shutting down') from why
+            if deadline.seconds_left() <= 0:
+                raise Unknown(f'supervisord did not answer within {seconds:g} s') from why
+            return [self.call(*call) for call in calls]     # for example, there is no process left for a helper
+        if fault:
+            raise Refused(fault, reason)
+        if reason:
+            raise Unknown(reason)
+        return list(answers)
+
+
+def answer_calls(request: str) -> None:
+    """Make the calls that call_in_helper was asked for, and print their answers as its last line."""
+    timeout_seconds, calls = marshal.loads(bytes.fromhex(request))
+    answers: list[Any] = []
+    fault = reason = ''
+    try:
+        supervisor = Supervisor(os.environ, timeout_seconds)
+        answers = [supervisor.call(*call) for call in calls]
+    except Refused as why:
+        fault, reason = why.fault, str(why)
+    except Unknown as why:
+        reason = str(why)
+    print('\n' + marshal.dumps((answers, fault, reason)).hex(), flush=True)
+
+
+def find_supervisor(configuration: str | None, environment: Mapping[str, str]) -> Supervisor:
+    """Return the Supervisor for --once: that of the named configuration file; if none is named, that of
+    SUPERVISOR_SERVER_URL; if that is not set, the one that supervisorctl would use.
+
+    Raises UsageError if the configuration can't be read.
+    """
+    if configuration is None and 'SUPERVISOR_SERVER_URL' in environment:
+        return Supervisor(environment)
+    import io
+    from configparser import Error
+
+    from supervisor.options import ClientOptions
+
+    client = ClientOptions()
+    client.stderr = io.StringIO()
+    try:
+        client.realize(['-c', configuration] if configuration else [], doc='', progname='supervisorctl')
+    except (SystemExit, Error) as why:
+        reason = str(why) if isinstance(why, Error) else client.stderr.getvalue().partition('\n')[0]
+        if configuration:
+            raise UsageError(f'option --configuration: {reason}') from why
+        raise UsageError(f'{client.configfile}: {reason}; name another file with --configuration=FILE') from why
+    section = client.configroot.supervisorctl
+    url = section.serverurl or 'http://localhost:9001'
+    if not client.configfile:
+        sys.stderr.write(f"no supervisord.conf found (looked for {', '.join(client.searchpaths)}): "
+                         f'using {without_password(url)}; name a file with --configuration=FILE\n')
+    return Supervisor({'SUPERVISOR_SERVER_URL': url, 'SUPERVISOR_USERNAME': section.username or '',
+                       'SUPERVISOR_PASSWORD': section.password or ''})
