@@ -1,6 +1,6 @@
-"""Build the sdist and the wheel, install each into a fresh environment, and use what was installed.
+"""Build the sdist and the wheel, install each into a new environment, and run what was installed.
 
-Run by `tox -e package`. The page for the package index is checked by twine and docutils.
+`tox -e package` runs it. twine and docutils check the page for the package index.
 """
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ def run(*command: str | Path, folder: Path = ROOT) -> str:
 def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').rglob('*.py')}
-    expected |= {'tests/requirements.txt', 'tox.ini', 'README.rst', 'CHANGES.txt', 'LICENSE.txt', '.ci/run'}
+    files = [*(ROOT / 'tests').rglob('*.py'), *(ROOT / 'docs').glob('*.rst'), *ROOT.glob('*.rst'), *ROOT.glob('*.txt')]
+    expected = {str(path.relative_to(ROOT)) for path in files}
+    expected |= {'tests/requirements.txt', 'pyproject.toml', 'tox.ini', '.ci/run'}
     assert expected <= names, f'missing in the sdist: {sorted(expected - names)}'
 
 
-def check_installed(package: Path, folder: Path) -> None:
-    venv.create(folder, with_pip=True)
+def install(package: Path, folder: Path) -> Path:
+    """Install a package and what it requires into a new environment and return its Python."""
+    venv.create(folder)
     python = folder / 'bin' / 'python'
-    run(python, '-m', 'pip', 'install', '--quiet', package, folder=folder)
+    run(sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', package, folder=folder)
     for command in COMMANDS:
-        said = run(folder / 'bin' / command, '--version', folder=folder)
-        assert said.split()[0] == command, said
-    run(python, '-m', 'superlance.demo', folder=folder)
+        printed = run(folder / 'bin' / command, '--version', folder=folder)
+        assert printed.split()[0] == command, printed
+    return python
 
 
 def main() -> None:
@@ -47,10 +49,12 @@ def main() -> None:
         packages = sorted((folder / 'dist').iterdir())
         wheel, sdist = (next(p for p in packages if p.name.endswith(end)) for end in ('.whl', '.tar.gz'))
         run(sys.executable, '-m', 'twine', 'check', '--strict', *packages)
-        run(sys.executable, '-m', 'docutils', '--halt=2', ROOT / 'README.rst', folder / 'README.html')
+        for page in [ROOT / 'README.rst', *(ROOT / 'docs').glob('*.rst')]:
+            run(sys.executable, '-m', 'docutils', '--halt=2', page, folder / 'page.html')
         check_sdist(sdist)
-        check_installed(wheel, folder / 'from_wheel')
-        check_installed(sdist, folder / 'from_sdist')
+        install(sdist, folder / 'from_sdist')
+        # With nothing installed but what superlance itself requires.
+        run(install(wheel, folder / 'from_wheel'), '-m', 'superlance.demo', folder=folder)
 
 
 if __name__ == '__main__':

@@ -351,9 +351,8 @@ run_by_hand = run_command_line      # until all its users are migrated
 def accept_all(server: socket.socket, handle: Callable[[socket.socket], None]) -> None:
     """Serve each connection to a listening socket with handle, on its own thread, until the socket is shut down."""
     def serve(client: socket.socket) -> None:
-        with client:
-            with suppress(OSError):     # the client has closed
-                handle(client)
+        with client, suppress(OSError):     # the client has closed
+            handle(client)
 
     def accept() -> None:
         while True:
