@@ -1,50 +1,55 @@
 """Usage: memmon [options]
 
-Restarts processes that hold too much memory, and mails about it. It runs as
-an event listener of supervisor, subscribed to a TICK event:
+Restart processes that use too much memory, and send mail about it. memmon is
+an event listener of supervisor and subscribes to a TICK event:
 
     [eventlistener:memmon]
     command=memmon -a 200MB -m bob@example.com
     events=TICK_60
+    stopwaitsecs=30
 
-What to watch, at least one of these:
-  -p, --program=NAME=SIZE     restart NAME (program, group:program or group:*)
-                              when it exceeds SIZE; may be repeated
-  -g, --groupname=GROUP=SIZE  the same for every process of a group
-  -a, --any=SIZE              the same for every process of supervisord
-                              The most specific limit holds. SIZE is bytes, or
-                              a number with KB, MB, GB or TB, as in 1.5GB.
+Limits (at least one is required; the most specific one applies):
+  -p, --program=NAME=SIZE     Set the limit of NAME: program, group:program or
+                              group:*. Repeatable.
+  -g, --groupname=GROUP=SIZE  Set the limit of each process of GROUP.
+                              Repeatable.
+  -a, --any=SIZE              Set the limit of every process. A SIZE is bytes,
+                              or a number with KB, MB, GB or TB, as in 1.5GB.
 
-When and how to restart:
-  -c, --cumulative            count a process' descendants in
-      --samples=N             only after N ticks in a row over the limit
-                              (default: 1)
-      --max-restarts=N/TIME   at most N restarts of one process within TIME:
-                              seconds, or a number with s, m, h or d; then
-                              leave it alone, and tell that once
-      --dry-run               say what would be restarted, and leave it running
+Restarts:
+  -c, --cumulative            Include the memory of all child processes.
+      --samples=N             Restart only after N ticks in a row over the
+                              limit (default: 1).
+      --max-restarts=N/TIME   Restart a process at most N times within TIME,
+                              then leave it alone (default: no limit). A TIME
+                              is seconds, or a number with s, m, h or d.
+      --dry-run               Log and mail what would be restarted, but restart
+                              nothing.
 
 Mail:
-  -m, --email=ADDR            to whom; may be repeated or hold several with
-                              commas; without it there is the log only
-  -u, --uptime=TIME           mail of a restart only where the process had run
-                              for no longer than TIME
-  -n, --name=NAME             the subject begins with "memmon [NAME]"
-  -s, --sendmail_program=CMD  the command that sends a mail
-                              (default: /usr/sbin/sendmail -t -i)
-      --smtp=URL              send by smtp://[user[:password]@]host[:port] or
-                              smtps://... instead; the password may also be in
-                              SUPERLANCE_SMTP_PASSWORD
-      --from=ADDR             the sender
+  -m, --email=ADDR            Send mail to ADDR; comma-separated, repeatable
+                              (default: log only).
+  -u, --uptime=TIME           Send mail only if the restarted process had been
+                              up for at most TIME (default: always).
+  -n, --name=NAME             Begin the subject with "memmon [NAME]".
+  -s, --sendmail_program=CMD  Send mail with this shell command
+                              (default: /usr/sbin/sendmail -t -i).
+      --smtp=URL              Send mail through the server of this URL:
+                              smtp://[user[:password]@]host[:port] or
+                              smtps://... The password may also be in
+                              SUPERLANCE_SMTP_PASSWORD.
+      --webhook=URL           Post notices to a chat, too, as JSON. The URL
+                              may also be in SUPERLANCE_WEBHOOK.
+      --from=ADDR             Set the sender of mail.
 
-By hand, and in the log:
-      --once                  print a table of all processes and do nothing
-                              else; exit status 0 if all is well, else 1
-      --configuration=FILE    for --once: the supervisord.conf to find
-                              supervisord by
-  -v, --verbose               log the memory of every process at every tick
-  -h, --help                  print this text
-      --version               print the version
+Diagnostics:
+      --once                  Check now, print a table of all processes, and
+                              exit with status 1 if something is wrong.
+      --configuration=FILE    Find supervisord with this supervisord.conf
+                              (--once only; default: as supervisorctl does).
+  -v, --verbose               Log the memory of every process at every tick.
+  -h, --help                  Print this text.
+      --version               Print the version.
 """
 from __future__ import annotations
 
@@ -52,73 +57,73 @@ import os
 import time
 from typing import Iterable, Mapping, NamedTuple, Sequence
 
-from superlance import mail
-from superlance.listener import CommandFailed, Event, Log, listen, make_log, run_command
+from superlance import __version__, mail
+from superlance.command import CommandFailed, Deadline, run_command
+from superlance.listener import Event, ExitRequest, Log, exit_request, listen, make_log
 from superlance.options import (
     COMMON_OPTIONS,
+    EVERY,
     Given,
+    Name,
     Option,
     Rate,
     UsageError,
+    count,
+    format_duration,
     format_size,
     parse_count,
+    parse_name,
     parse_rate,
     parse_size,
     parse_time,
     run_script,
-    without_password,
 )
-from superlance.processes import (
-    CALL_TIMEOUT_SECONDS,
-    DRY_RUN,
-    EVERY,
-    RESTARTED,
-    STOPPING,
-    SUBJECTS,
-    CantTell,
-    Name,
-    NameCheck,
-    Outcome,
-    Process,
-    Refused,
-    Restarter,
-    Supervisor,
-    find_supervisor,
-    find_unmatched,
-    parse_name,
-)
+from superlance.outbox import Outbox
+from superlance.restart import SUBJECTS, Outcome, Restarter, Result
+from superlance.rpc import Process, Refused, State, Supervisor, Unknown, find_supervisor, resolve_names
+from superlance.startcheck import Problem, StartCheck, Wants, check_once, describe_hidden, find_hidden, find_watched
 
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
-PS_TIMEOUT_SECONDS = 10
+PS_SECONDS = 10
+PROCESS_LIST_SECONDS = 30
+# After this time, a pid may belong to another process.
+FORGET_SECONDS = 3600
 
 
 # Options.
 
 class Limit(NamedTuple):
-    """How much memory the processes that a name means may hold."""
+    """How much memory each process that matches a name may use."""
 
     name: Name
     size_bytes: int
+    is_fallback: bool = False   # the name matches a group because no process has that name
 
 
-def _split_size(text: str, meaning: str) -> tuple[str, int]:
+def _split_limit(flag: str, text: str, placeholder: str) -> tuple[str, int]:
     name, equals, size = text.rpartition('=')
     if not (equals and name):
-        raise ValueError('{!r} has no {}; write {}=SIZE, as in {}=200MB'.format(text, 'name' if equals else 'size', meaning, meaning.lower()))
+        missing = 'name' if equals else 'size'
+        raise ValueError(f'{text!r} has no {missing}; write {placeholder}=SIZE, as in {placeholder.lower()}=200MB')
+    first, comma, _ = name.partition(',')
+    if comma and '=' in first:
+        parts = text.split(',')
+        times = 'twice' if len(parts) == 2 else f'{len(parts)} times'
+        raise ValueError(f"{text!r} is more than one limit; write {flag} {times}: {flag} {f' {flag} '.join(parts)}")
     return name, parse_size(size)
 
 
 def parse_program_limit(text: str) -> Limit:
-    """Return the Limit for `program=SIZE`, `group:program=SIZE` or `group:*=SIZE`."""
-    name, size_bytes = _split_size(text, 'NAME')
+    """Return the Limit for `program=SIZE`, `group:program=SIZE` or `group:*=SIZE`. Raises ValueError."""
+    name, size_bytes = _split_limit('-p', text, 'NAME')
     return Limit(parse_name(name), size_bytes)
 
 
 def parse_group_limit(text: str) -> Limit:
-    """Return the Limit for `group=SIZE`."""
-    group, size_bytes = _split_size(text, 'GROUP')
+    """Return the Limit for `group=SIZE`. Raises ValueError."""
+    group, size_bytes = _split_limit('-g', text, 'GROUP')
     if ':' in group or not group.strip():
-        raise ValueError(f"{group!r} is not a group's name; write GROUP=SIZE, as in group=200MB")
+        raise ValueError(f'{group!r} is not a group name; write GROUP=SIZE, as in group=200MB')
     return Limit(Name(group.strip(), None), size_bytes)
 
 
@@ -133,7 +138,9 @@ OPTIONS = (
     Option('', 'max-restarts', parse_rate),
     Option('', 'dry-run'),
     Option('v', 'verbose'),
-) + mail.OPTIONS + COMMON_OPTIONS
+    *mail.OPTIONS,
+    *COMMON_OPTIONS,
+)
 
 
 class Options(NamedTuple):
@@ -148,117 +155,151 @@ class Options(NamedTuple):
     mail: mail.Settings
     once: bool
     configuration: str | None
+    warnings: tuple[str, ...]
 
 
 def build_options(given: Given, arguments: list[str]) -> Options:
-    """Return the Options for what was given. Raises UsageError."""
-    if arguments:
-        raise UsageError(f'unexpected argument {without_password(arguments[0])!r}; memmon takes options only')
+    """Return the Options for a command line. Raises UsageError."""
     limits = given.all('program') + given.all('groupname')
     limits += [Limit(EVERY, size_bytes) for size_bytes in given.all('any')]
     if not limits:
         raise UsageError('nothing to watch; give -p, -g or -a, as in -a 200MB')
+    given.ignore_arguments('memmon', arguments)
+    if given.last('name') == '':
+        given.ignore_empty('-n')
+    settings = mail.read_settings(given)    # it may add warnings
     return Options(
         limits=tuple(limits),
         cumulative='cumulative' in given,
         uptime_seconds=given.last('uptime'),
-        name=given.last('name'),
+        name=given.last('name') or None,
         samples=given.last('samples', 1),
         max_restarts=given.last('max-restarts'),
         dry_run='dry-run' in given,
         verbose='verbose' in given,
-        mail=mail.read_settings(given),
+        mail=settings,
         once='once' in given,
-        configuration=given.last('configuration'))
+        configuration=given.last('configuration'),
+        warnings=tuple(given.warnings))
 
 
-# Probe: how much memory every process of the machine holds.
+def describe_options(options: Options) -> str:
+    """Return what a listener with these options does, for the first line of its log."""
+    sizes = {limit.name: limit.size_bytes for limit in options.limits}
+    any_bytes = sizes.pop(EVERY, None)
+    limits = [f'{name} over {format_size(size_bytes)}' for name, size_bytes in sizes.items()]
+    if any_bytes is not None:
+        limits.append(f"everything{' else' if limits else ''} over {format_size(any_bytes)}")
+    parts = [('dry run, would restart ' if options.dry_run else 'restarts ') + ', '.join(limits)]
+    if options.cumulative:
+        parts.append('child processes included')
+    if options.samples > 1:
+        parts.append(f'after {options.samples} ticks in a row')
+    if options.max_restarts:
+        rate = options.max_restarts
+        parts.append(f"at most {count(rate.times, 'restart')} of a process in {format_duration(rate.seconds)}")
+    parts.append(mail.describe(options.mail))
+    if options.uptime_seconds is not None:
+        parts.append(f'mail of restarts only up to an uptime of {format_duration(options.uptime_seconds)}')
+    return f"memmon {__version__}: {'; '.join(parts)}"
 
-class Usage(NamedTuple):
-    """A process of the machine."""
+
+def describe_wants(options: Options) -> Wants:
+    """Return what is checked at start."""
+    return Wants(names=[limit.name for limit in options.limits], restarts=not options.dry_run,
+                 find_mail_problem=lambda: mail.find_command_problem(options.mail), warnings=options.warnings)
+
+
+# Probe: the memory of every process of the machine.
+
+class ProcessMemory(NamedTuple):
+    """The memory of a process of the machine."""
 
     parent_pid: int
     rss_bytes: int
 
 
-def parse_ps(output: str) -> dict[int, Usage]:
-    """Return the Usage by pid from lines of pid, parent pid and RSS in KiB. Raises CantTell."""
-    usages = {}
+def parse_ps(output: str) -> dict[int, ProcessMemory]:
+    """Return the ProcessMemory by pid from lines of pid, parent pid and RSS in KiB. Raises Unknown."""
+    memory = {}
     for line in output.splitlines():
         numbers = line.split()
         if not numbers:
             continue
         if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
-            raise CantTell(f'ps printed {line[:80]!r} where pid, parent pid and RSS were asked for')
-        usages[int(numbers[0])] = Usage(int(numbers[1]), int(numbers[2]) * 1024)
-    if not usages:
-        raise CantTell('ps printed no process')
-    return usages
+            raise Unknown(f'ps printed {line[:80]!r} instead of pid, parent pid and RSS')
+        memory[int(numbers[0])] = ProcessMemory(int(numbers[1]), int(numbers[2]) * 1024)
+    if not memory:
+        raise Unknown('ps printed no process')
+    return memory
 
 
-def run_ps() -> dict[int, Usage]:
-    """Ask ps. Three -o, since on the BSDs a header's text runs to the end of its argument."""
-    deadline = time.monotonic() + PS_TIMEOUT_SECONDS
+def run_ps(seconds: float, interrupt: ExitRequest) -> dict[int, ProcessMemory]:
+    """Run ps, with three -o since on the BSDs a header's text extends to the end of its argument."""
     try:
-        output = run_command(PS, lambda: deadline - time.monotonic(), environment=dict(os.environ, LC_ALL='C'))
+        output = run_command(PS, Deadline(seconds).seconds_left, environment=dict(os.environ, LC_ALL='C'),
+                             interrupt=interrupt)
     except CommandFailed as why:
-        raise CantTell(str(why))
+        raise Unknown(str(why)) from why
     return parse_ps(output.decode('ascii', 'replace'))
 
 
-def read_proc() -> dict[int, Usage]:
-    """Read Linux's /proc: the 4th and 24th field of each stat (proc(5)). Raises CantTell."""
+def read_proc() -> dict[int, ProcessMemory]:
+    """Read Linux's /proc: the 4th and 24th field of each stat file (proc(5)). Raises Unknown."""
     page_bytes = os.sysconf('SC_PAGE_SIZE')
-    usages = {}
+    memory = {}
     try:
         pids = [int(name) for name in os.listdir('/proc') if name.isdecimal()]
     except OSError as why:
-        raise CantTell(f'/proc: {why.strerror}')
+        raise Unknown(f'/proc: {why.strerror}') from why
     for pid in pids:
         try:
-            with open('/proc/%d/stat' % pid, 'rb') as file:
+            with open(f'/proc/{pid}/stat', 'rb') as file:
                 fields = file.read().rpartition(b')')[2].split()
-            usages[pid] = Usage(int(fields[1]), int(fields[21]) * page_bytes)
+            memory[pid] = ProcessMemory(int(fields[1]), int(fields[21]) * page_bytes)
         except OSError:
-            pass  # it has ended since
-    if not usages:
-        raise CantTell('/proc has no processes')
-    return usages
+            pass  # the process has exited meanwhile
+    if not memory:
+        raise Unknown('/proc has no processes')
+    return memory
 
 
 class MemoryReader:
-    """Reads memory by ps, and by /proc from the first time that ps fails where there is one."""
+    """Reads memory with ps, and after the first failure of ps from /proc, if there is one."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, interrupt: ExitRequest = exit_request) -> None:
         self._log = log
-        self._read = run_ps
+        self._interrupt = interrupt
+        self._use_proc = False
 
-    def __call__(self) -> dict[int, Usage]:
-        """Return the Usage by pid. Raises CantTell."""
+    def __call__(self, seconds: float = PS_SECONDS) -> dict[int, ProcessMemory]:
+        """Return the ProcessMemory by pid, within so many seconds. Raises Unknown."""
+        if self._use_proc:
+            return read_proc()
         try:
-            return self._read()
-        except CantTell as why:
-            if self._read is read_proc or not os.path.exists('/proc/self/stat'):
+            return run_ps(seconds, self._interrupt)
+        except Unknown as why:
+            if self._interrupt.requested or not os.path.exists('/proc/self/stat'):
                 raise
-            self._log(f'{why}; memory is read from /proc from now on')
-            self._read = read_proc
-            return self._read()
+            self._log(f'{why}; reading memory from /proc from now on')
+        self._use_proc = True
+        return read_proc()
 
 
-def sum_descendants(usages: Mapping[int, Usage]) -> dict[int, int]:
-    """Return by pid the bytes that a process and all its descendants hold.
+def sum_descendants(memory: Mapping[int, ProcessMemory]) -> dict[int, int]:
+    """Return by pid the bytes that a process and all its descendants use.
 
-    From the leaves upwards, each process once. A ps that ran while pids were reused can show a
-    circle; its members keep what they have.
+    From the leaves upwards, each process once. If pids were reused while ps ran, its output can contain a
+    circle; the processes in a circle keep their own bytes.
     """
-    totals = {pid: usage.rss_bytes for pid, usage in usages.items()}
-    children_left = dict.fromkeys(usages, 0)
-    for usage in usages.values():
-        if usage.parent_pid in children_left:
-            children_left[usage.parent_pid] += 1
-    leaves = [pid for pid, count in children_left.items() if count == 0]
+    totals = {pid: process.rss_bytes for pid, process in memory.items()}
+    children_left = dict.fromkeys(memory, 0)
+    for process in memory.values():
+        if process.parent_pid in children_left:
+            children_left[process.parent_pid] += 1
+    leaves = [pid for pid, number in children_left.items() if number == 0]
     for pid in leaves:
-        parent = usages[pid].parent_pid
+        parent = memory[pid].parent_pid
         if parent in totals:
             totals[parent] += totals[pid]
             children_left[parent] -= 1
@@ -267,71 +308,85 @@ def sum_descendants(usages: Mapping[int, Usage]) -> dict[int, int]:
     return totals
 
 
-def measure(usages: Mapping[int, Usage], cumulative: bool) -> dict[int, int]:
+def measure(memory: Mapping[int, ProcessMemory], cumulative: bool) -> dict[int, int]:
     """Return by pid the bytes that count against a limit."""
-    return sum_descendants(usages) if cumulative else {pid: usage.rss_bytes for pid, usage in usages.items()}
+    if cumulative:
+        return sum_descendants(memory)
+    return {pid: process.rss_bytes for pid, process in memory.items()}
 
 
-# Judge.
+# Decide.
+
+def resolve_limits(limits: Sequence[Limit], processes: Iterable[Process]) -> list[Limit]:
+    """Return the limits as they apply to these processes: a name that only a group has matches all of the group."""
+    names = resolve_names([limit.name for limit in limits], [(process.group, process.program) for process in processes])
+    return [Limit(name, limit.size_bytes, name != limit.name) for limit, name in zip(limits, names)]
+
 
 def find_limit(limits: Iterable[Limit], group: str, program: str) -> int | None:
-    """Return the bytes that a process may hold: the most specific limit, the last of equals."""
-    matching = [limit for limit in limits if limit.name.means(group, program)]
+    """Return how many bytes a process may use: the most specific limit; of several, the last one."""
+    matching = [limit for limit in limits if limit.name.matches(group, program)]
     if not matching:
         return None
     return max(enumerate(matching), key=lambda pair: (
-        pair[1].name.program is not None, pair[1].name.group is not None, pair[0]))[1].size_bytes
+        pair[1].name.program is not None, pair[1].name.group is not None, not pair[1].is_fallback, pair[0]),
+    )[1].size_bytes
 
 
-# The verdict on what is to be restarted.
+# The verdict on a process that is to be restarted.
 OVER = 'over its limit: would be restarted'
 
 
-def judge(process: Process, held_bytes: int | None, limit_bytes: int | None) -> str:
-    """Return the verdict on a process: OVER, or in words why it is left alone."""
+def decide(process: Process, used_bytes: int | None, limit_bytes: int | None) -> str:
+    """Return the verdict on a process: OVER, or why it is not restarted."""
     if not process.pid:
         return f'not running ({process.state_name})'
-    if held_bytes is None:
-        return 'unable to see its memory'   # /proc may be mounted with hidepid
+    if used_bytes is None:
+        return 'its memory cannot be read'
     if limit_bytes is None:
         return 'not watched'
-    if held_bytes <= limit_bytes:
+    if used_bytes <= limit_bytes:
         return 'ok'
-    return 'over its limit: left alone (STOPPING)' if process.state == STOPPING else OVER
+    return 'over its limit: left alone (STOPPING)' if process.state == State.STOPPING else OVER
 
 
-def describe(held_bytes: int, limit_bytes: int | None) -> str:
-    """Return what a process holds beside its limit, in words."""
+def describe(used_bytes: int, limit_bytes: int | None) -> str:
+    """Return a process' memory and its limit in words."""
     if limit_bytes is None:
-        return f'{format_size(held_bytes)}, and no limit'
-    return '{}, {} its limit of {}'.format(
-        format_size(held_bytes), 'over' if held_bytes > limit_bytes else 'within', format_size(limit_bytes))
+        return f'{format_size(used_bytes)}, no limit'
+    relation = 'over' if used_bytes > limit_bytes else 'within'
+    return f'{format_size(used_bytes)}, {relation} its limit of {format_size(limit_bytes)}'
 
 
-# Act and tell.
+# Act and report.
 
 class Memmon:
     """The listener: at every tick, restarts the processes that are over their limits."""
 
-    FORGET_SECONDS = 3600
-
-    def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
+    def __init__(self, options: Options, environment: Mapping[str, str], request: ExitRequest = exit_request) -> None:
         self._options = options
+        self._request = request
         self._log = make_log('memmon')
-        self._read_memory = MemoryReader(self._log)
+        self._read_memory = MemoryReader(self._log, request)
         self._own_group = environment.get('SUPERVISOR_GROUP_NAME')
         self._supervisor = Supervisor(environment)
-        self._restarter = Restarter(self._supervisor, self._tell, options.max_restarts, options.dry_run)
-        self._outbox = mail.Outbox(options.mail, 'memmon', self._log)
-        self._names = NameCheck([limit.name for limit in options.limits], self._supervisor, self._log)
+        self._restarter = Restarter(self._supervisor, self._report, options.max_restarts, options.dry_run)
+        self._outbox = Outbox(options.mail, 'memmon', self._log)
+        wants = describe_wants(options)._replace(read_pids=self._read_memory)
+        self._start_check = StartCheck('memmon', wants, environment, self._log, request)
         self._smallest_bytes = min(limit.size_bytes for limit in options.limits)
-        # What (pid, parent pid) may hold before supervisord has to be asked about it; None: it's not
-        # supervisord's, or nothing limits it.
+        # How many bytes (pid, parent pid) may use before supervisord has to be asked again; None: any number, since
+        # it is not a process of supervisord or has no limit.
         self._known: dict[tuple[int, int], int | None] = {}
         self._known_since = time.monotonic()
         self._samples: dict[tuple[str, int], int] = {}
-        self._reasons: dict[Process, str] = {}
+        self._reasons: dict[str, str] = {}
+        self._was_parent_visible = False
         self._server = ''
+
+    def start(self) -> None:
+        self._log(describe_options(self._options))
+        self._start_check.run()
 
     def handle(self, event: Event) -> None:
         if not event.name.startswith('TICK'):
@@ -339,84 +394,95 @@ class Memmon:
         self._server = event.server
         if self._restarter.retry() or self._restarter.is_stale(event):
             return
-        self._names.ask_and_tell()
+        self._start_check.run_again()
         try:
             self._check()
-        except (CantTell, Refused) as why:
-            self._log(f'unable to check memory: {why}')
+        except (Unknown, Refused) as why:
+            if not self._request.requested:
+                self._log(f'unable to check memory: {why}')
 
     def finish(self) -> None:
-        self._restarter.retry()
+        self._restarter.finish()
         self._outbox.close()
 
     def _check(self) -> None:
-        usages = self._read_memory()
-        held = measure(usages, self._options.cumulative)
-        must_look = self._options.verbose or self._must_ask(usages, held)
-        self._reasons = self._find_over(usages, held) if must_look else {}
+        memory = self._read_memory()
+        self._look_for_parent(memory)
+        used = measure(memory, self._options.cumulative)
+        needs_list = self._options.verbose or self._may_be_over(memory, used)
+        over = self._find_over(memory, used) if needs_list else []
         before, self._samples = self._samples, {}
-        for process in self._reasons:
+        for process in over:
             key = process.namespec, process.pid
             self._samples[key] = before.get(key, 0) + 1
-            if self._samples[key] >= self._options.samples:
+            if self._samples[key] >= self._options.samples and not self._request.requested:
                 self._samples[key] = 0
                 self._restarter.restart(process)
 
-    def _must_ask(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> bool:
-        """Return whether a process is over a limit that may be its own."""
-        if time.monotonic() - self._known_since > self.FORGET_SECONDS:
-            self._known.clear()  # a pid may come to mean another process
-        for pid, held_bytes in held.items():
-            if held_bytes > self._smallest_bytes:
-                limit_bytes = self._known.get((pid, usages[pid].parent_pid), self._smallest_bytes)
-                if limit_bytes is not None and held_bytes > limit_bytes:
+    def _look_for_parent(self, memory: Mapping[int, ProcessMemory]) -> None:
+        """If supervisord disappears from the output of ps, check whether its processes have as well."""
+        is_visible = os.getppid() in memory
+        if self._was_parent_visible and not is_visible:
+            self._start_check.check_memory_again()
+        self._was_parent_visible = is_visible
+
+    def _may_be_over(self, memory: Mapping[int, ProcessMemory], used: Mapping[int, int]) -> bool:
+        """Return whether a process is over a limit that may apply to it."""
+        if time.monotonic() - self._known_since > FORGET_SECONDS:
+            self._known.clear()
+        for pid, used_bytes in used.items():
+            if used_bytes > self._smallest_bytes:
+                limit_bytes = self._known.get((pid, memory[pid].parent_pid), self._smallest_bytes)
+                if limit_bytes is not None and used_bytes > limit_bytes:
                     return True
         return False
 
-    def _find_over(self, usages: Mapping[int, Usage], held: Mapping[int, int]) -> dict[Process, str]:
-        """Ask supervisord; return which of its processes are over their limits, and why."""
-        # Mostly what is over the limit is foreign, and supervisord is not asked again for an hour.
+    def _find_over(self, memory: Mapping[int, ProcessMemory], used: Mapping[int, int]) -> list[Process]:
+        """Get supervisord's processes; return those that are over their limits."""
+        # Usually a process over the limit is not supervisord's, and supervisord is not asked again for an hour.
         processes = (self._supervisor.get_processes() if self._options.verbose
-                     else self._supervisor.get_processes_in_child(CALL_TIMEOUT_SECONDS))
-        self._names.tell_unmatched(processes)
+                     else self._supervisor.get_processes_in_helper(PROCESS_LIST_SECONDS, self._request))
+        self._start_check.report_hidden(processes, memory)
+        limits = resolve_limits(self._options.limits, processes)
         self._known_since = time.monotonic()
-        self._known = {(pid, usages[pid].parent_pid): None
-                       for pid, held_bytes in held.items() if held_bytes > self._smallest_bytes}
-        over = {}
+        self._known = {(pid, memory[pid].parent_pid): None
+                       for pid, used_bytes in used.items() if used_bytes > self._smallest_bytes}
+        over = []
         for process in processes:
             # A stopped process has pid 0, and so has a BSD's kernel.
-            if not process.pid or process.pid not in held:
+            if not process.pid or process.pid not in used:
                 continue
-            held_bytes = held[process.pid]
-            limit_bytes = find_limit(self._options.limits, process.group, process.program)
-            words = describe(held_bytes, limit_bytes)
+            used_bytes = used[process.pid]
+            limit_bytes = find_limit(limits, process.group, process.program)
+            words = f'pid {process.pid}: {describe(used_bytes, limit_bytes)}'
             if self._options.verbose:
-                self._log('%s (pid %d): %s' % (process.title, process.pid, words))
+                self._log(f'{process.title} ({words})')
             if process.group == self._own_group:
                 continue
-            self._known[process.pid, usages[process.pid].parent_pid] = limit_bytes
-            if judge(process, held_bytes, limit_bytes) == OVER:
-                over[process] = 'pid %d: %s' % (process.pid, words)
+            self._known[process.pid, memory[process.pid].parent_pid] = limit_bytes
+            if decide(process, used_bytes, limit_bytes) == OVER:
+                self._reasons[process.namespec] = words
+                over.append(process)
         return over
 
-    def _tell(self, outcome: Outcome) -> None:
-        reason = self._reasons.get(outcome.process)
-        line = f'{outcome.text} ({reason})' if reason else outcome.text
+    def _report(self, outcome: Outcome) -> None:
+        process = outcome.process
+        line = f'{outcome.text} ({self._reasons[process.namespec]})'
         self._log(line)
-        process, uptime_seconds = outcome.process, self._options.uptime_seconds
         if outcome.result not in SUBJECTS:
             return
-        if outcome.result in (RESTARTED, DRY_RUN) and uptime_seconds is not None \
+        uptime_seconds = self._options.uptime_seconds
+        if outcome.result in (Result.RESTARTED, Result.DRY_RUN) and uptime_seconds is not None \
                 and process.uptime_seconds > uptime_seconds:
             return
-        program = f'memmon [{self._options.name}]' if self._options.name else 'memmon'
+        listener = f'memmon [{self._options.name}]' if self._options.name else 'memmon'
         self._outbox.put(
-            f'{program}: {SUBJECTS[outcome.result] % process.title}',
-            '%s\n\nIt is program %s of group %s and had run for %d s.\n'
-            % (line, process.program, process.group, process.uptime_seconds), self._server)
+            f'{listener}: {SUBJECTS[outcome.result].format(process.namespec)}',
+            f'{line}\n\nProgram: {process.program}\nGroup: {process.group}\n'
+            f'Uptime: {format_duration(process.uptime_seconds)}\n', self._server)
 
 
-# One look by hand.
+# From the command line.
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text in columns."""
@@ -425,36 +491,46 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
 
 
-def look_once(options: Options, environment: Mapping[str, str]) -> int:
-    """Print every process, its memory and its limit; return 1 if one is over, else 0."""
-    supervisor = find_supervisor(options.configuration, environment)
-    log = make_log('memmon')
-    try:
-        processes = supervisor.get_processes()
-        held = measure(MemoryReader(log)(), options.cumulative)
-    except (CantTell, Refused) as why:
-        log(f'unable to check memory: {why}')
-        return 1
+def print_memory(processes: Sequence[Process], used: Mapping[int, int], limits: Sequence[Limit]) -> bool:
+    """Print every process, its memory and its limit; return whether one would be restarted."""
     rows = [('GROUP', 'PROCESS', 'PID', 'MEMORY', 'LIMIT', 'VERDICT')]
     for process in processes:
-        limit_bytes = find_limit(options.limits, process.group, process.program)
-        held_bytes = held.get(process.pid) if process.pid else None
+        limit_bytes = find_limit(limits, process.group, process.program)
+        used_bytes = used.get(process.pid) if process.pid else None
         rows.append((process.group, process.program, str(process.pid or '-'),
-                     '-' if held_bytes is None else format_size(held_bytes),
+                     '-' if used_bytes is None else format_size(used_bytes),
                      '-' if limit_bytes is None else format_size(limit_bytes),
-                     judge(process, held_bytes, limit_bytes)))
+                     decide(process, used_bytes, limit_bytes)))
     print_table(rows)
-    unmatched = find_unmatched([limit.name for limit in options.limits], processes)
-    for line in unmatched:
-        print(line)
-    return 1 if unmatched or any(row[-1] == OVER for row in rows) else 0
+    return any(row[-1] == OVER for row in rows)
+
+
+def run_once(options: Options, environment: Mapping[str, str]) -> int:
+    """Print all processes and what is wrong; return the exit status."""
+    supervisor = find_supervisor(options.configuration, environment)
+    wants = describe_wants(options)
+    problems = check_once('memmon', wants, supervisor, environment)
+    is_over = False
+    try:
+        if not any(problem.is_unreachable for problem in problems):
+            processes = supervisor.get_processes()
+            used = measure(MemoryReader(make_log('memmon'))(), options.cumulative)
+            is_over = print_memory(processes, used, resolve_limits(options.limits, processes))
+            hidden = find_hidden(find_watched(processes, wants.names, environment.get('SUPERVISOR_GROUP_NAME')), used)
+            if hidden:
+                problems.append(Problem(describe_hidden('memmon', hidden), fatal=True))
+    except (Unknown, Refused) as why:
+        problems.append(Problem(f'unable to check memory: {why}', fatal=True))
+    for problem in problems:
+        print(problem.line)
+    return 1 if is_over or any(problem.fatal for problem in problems) else 0
 
 
 def run(options: Options) -> int:
     if options.once:
-        return look_once(options, os.environ)
+        return run_once(options, os.environ)
     memmon = Memmon(options, os.environ)
-    return listen('memmon', memmon.handle, memmon.finish)
+    return listen('memmon', memmon.handle, memmon.finish, memmon.start)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -287,9 +287,6 @@ class Name(NamedTuple):
     def matches(self, group: str, program: str) -> bool:
         return self.group in (None, group) and self.program in (None, program)
 
-    def means(self, group: str, program: str) -> bool:
-        return self.matches(group, program)
-
     def __str__(self) -> str:
         return ':'.join(filter(None, (self.group, self.program or '*')))
 

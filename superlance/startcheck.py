@@ -29,6 +29,7 @@ class Problem(NamedTuple):
     text: str
     fatal: bool = False         # --once exits with status 1
     warning: bool = True        # False: only a note
+    is_unreachable: bool = False    # supervisord does not answer
 
     @property
     def line(self) -> str:
@@ -128,8 +129,8 @@ def check_stop_time(program: str, watched: Iterable[Config], configs: Iterable[C
     if own_seconds >= seconds:
         return []
     title = make_title(slowest)
-    return [f'stopwaitsecs={own_seconds} of {program} is shorter than stopwaitsecs={seconds} of {title}: if {program} is '
-            f'stopped while it restarts {title}, {title} may stay down; '
+    return [f'stopwaitsecs={own_seconds} of {program} is shorter than stopwaitsecs={seconds} of {title}: '
+            f'if {program} is stopped while it restarts {title}, {title} may stay down; '
             f'set stopwaitsecs={seconds + RESTART_SECONDS} in [eventlistener:{own[0]}]']
 
 
@@ -185,9 +186,9 @@ def _exists(pid: int) -> bool:
 
 
 def describe_hidden(program: str, hidden: Sequence[Process]) -> str:
-    return (f'cannot read the memory of {join_names([process.title for process in hidden])}: other users\' processes are '
-            f'hidden, probably by the mount option hidepid of /proc; run {program} as root or as the user of these '
-            'processes')
+    return (f"cannot read the memory of {join_names([process.title for process in hidden])}: other users' processes "
+            'are hidden, probably by the mount option hidepid of /proc; '
+            f'run {program} as root or as the user of these processes')
 
 
 def find_watched(processes: Iterable[Process], names: Iterable[Name], own_group: str | None) -> list[Process]:
@@ -294,7 +295,7 @@ def check_once(program: str, wants: Wants, supervisor: Supervisor, environment: 
         try:
             configs = supervisor.call('getAllConfigInfo')
         except (Unknown, Refused) as why:
-            return [*problems, Problem(str(why), fatal=True)]
+            return [*problems, Problem(str(why), fatal=True, is_unreachable=True)]
         problems += find_config_problems(program, wants, configs, find_own(program, configs, environment))
     return problems
 
