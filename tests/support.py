@@ -14,11 +14,14 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from unittest import mock
 
 from supervisor import childutils
+
+from superlance.listener import SIGNALS, exit_request
 
 TIMEOUT = 30.0
 PYTHON = sys.executable
@@ -64,6 +67,63 @@ def find_children(pid: int) -> list[int]:
         if int(fields[1]) == pid:
             children.append(int(stat.parent.name))
     return children
+
+
+READY, RESULT = b'READY\n', b'RESULT 2\nOK'
+
+
+def make_event(name: str, payload: str, header: str = 'ver:3.0 server:sup serial:1 pool:x poolserial:1') -> bytes:
+    """Return an event as supervisord writes it: len counts characters."""
+    return f'{header} eventname:{name} len:{len(payload)}\n{payload}'.encode('utf-8', 'surrogateescape')
+
+
+def acknowledge(number: int) -> bytes:
+    """Return a listener's stdout after this number of events and the end of its input."""
+    return (READY + RESULT) * number + READY
+
+
+class Run(NamedTuple):
+    """The result of a listener that has exited."""
+
+    status: int
+    output: bytes
+    log: str
+
+
+def run_in_process(run: Callable[[], int], data: bytes = b'', stdout: int | None = None, **environment: str) -> Run:
+    """Call run, a script's main or listen, with this data as stdin; return what it writes to stdout and stderr.
+
+    stdout: a file descriptor to use instead of a file. What a listener changes in its process is changed back.
+    """
+    open_before = set(os.listdir('/dev/fd'))
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    saved = [os.dup(fd) for fd in (0, 1, 2)]
+    exit_request.__init__()  # type: ignore[misc]
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
+        source.write(data)
+        source.seek(0)
+        try:
+            for fd, file in enumerate((source.fileno(), output.fileno() if stdout is None else stdout, log.fileno())):
+                os.dup2(file, fd)
+            with open(1, 'w', encoding='utf-8', closefd=False) as out, \
+                    open(2, 'w', encoding='utf-8', closefd=False) as err, redirect_stdout(out), redirect_stderr(err), \
+                    mock.patch.dict(os.environ, {'SUPERVISOR_SERVER_URL': NO_SUPERVISORD,
+                                                 'SUPERVISOR_GROUP_NAME': 'listener', **environment}):
+                status = run()
+        finally:
+            signal.set_wakeup_fd(-1)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+            for fd, copy in enumerate(saved):
+                os.dup2(copy, fd)
+            exit_request.__init__()  # type: ignore[misc]
+            files = {str(file.fileno()) for file in (source, output, log)}
+            for name in set(os.listdir('/dev/fd')) - open_before - files:
+                with suppress(OSError):     # that of listdir itself
+                    os.close(int(name))
+        output.seek(0)
+        log.seek(0)
+        return Run(status, output.read(), log.read().decode('utf-8', 'replace'))
 
 
 _MARK = 'SUPERLANCE_TEST'
