@@ -1,33 +1,29 @@
-"""Mail: a message is composed, and an outbox sends it by sendmail or SMTP until it has gone.
+"""Where notices go: the options, the mail message, and one attempt to send by each transport.
 
-The outbox works on a thread of its own, so that no event ever waits for a mail.
+outbox.py queues notices and retries what failed; smtp.py and webhook.py are imported with the first notice that needs
+them.
 """
 from __future__ import annotations
 
-import math
 import os
 import re
-import threading
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from superlance.listener import CommandFailed, Log, decode_end, one_line, printable, run_command
-from superlance.options import DOMAIN, Given, Option, parse_address, parse_addresses, parse_text
+from superlance.command import CommandFailed, Deadline, decode_end, run_command
+from superlance.listener import one_line
+from superlance.notice import Notice, SecondsLeft, SendFailed, find_domain, hide, make_body, make_origin
+from superlance.options import Given, Option, UsageError, parse_address, parse_addresses, parse_text
 
 if TYPE_CHECKING:
-    import smtplib
-    import ssl
     from email.message import EmailMessage
+
+    from superlance.fetch import Target
 
 SENDMAIL = '/usr/sbin/sendmail -t -i'
 
-SEND_TIMEOUT_SECONDS = 60
-FIRST_RETRY_SECONDS = 10
-LAST_RETRY_SECONDS = 600
-KEEP_SECONDS = 24 * 3600
-KEEP_MAILS = 1000
-CLOSE_SECONDS = 5
+COMMAND_SECONDS = 11 * 60
+FIND_COMMAND_SECONDS = 2
 LINE_LIMIT_BYTES = 998  # RFC 5322, 2.1.1
 
 
@@ -36,50 +32,59 @@ class SmtpServer(NamedTuple):
 
     host: str
     port: int
-    tls: bool       # from the first byte; else STARTTLS where it is offered
+    tls: bool       # from the first byte; otherwise STARTTLS if the server offers it
     user: str
     password: str
 
+    @property
+    def shown(self) -> str:
+        """The URL without user name and password."""
+        host = f'[{self.host}]' if ':' in self.host else self.host
+        return f"{'smtps' if self.tls else 'smtp'}://{host}:{self.port}"
+
 
 class Settings(NamedTuple):
-    """To whom mail goes, and how; no recipients: no mail."""
+    """Where notices go, and how."""
 
-    recipients: tuple[str, ...]
-    sendmail: str
-    smtp: SmtpServer | None
-    sender: str | None
+    recipients: tuple[str, ...] = ()
+    sendmail: str = SENDMAIL
+    smtp: SmtpServer | None = None
+    sender: str | None = None
+    webhook: Target | None = None
+    without_recipients: bool = False    # run the command of -s although there is no -m
+
+    @property
+    def sends_mail(self) -> bool:
+        return bool(self.recipients) or self.without_recipients
+
+    @property
+    def sends_anything(self) -> bool:
+        return self.sends_mail or self.webhook is not None
+
+    @property
+    def shown_command(self) -> str:
+        """What messages call the mail command: the text of -s may contain a password."""
+        return self.sendmail if self.sendmail == SENDMAIL else 'the command of -s'
 
 
-class SendFailed(Exception):
-    """A mail could not be sent; the message is one line."""
-
-
-class Mail(NamedTuple):
-    """A mail that waits."""
-
-    subject: str
-    body: str
-    server: str     # supervisord's identifier, or ''
-    written: float  # epoch seconds
-    queued: float   # by the outbox' clock
-
+# The options.
 
 def parse_smtp(text: str) -> SmtpServer:
     """Return the SmtpServer for smtp://[user[:password]@]host[:port] or smtps://...
 
-    Without a password there, it is that of SUPERLANCE_SMTP_PASSWORD. Raises ValueError.
+    Without a password in it, SUPERLANCE_SMTP_PASSWORD is used. Raises ValueError.
     """
     from urllib.parse import unquote, urlsplit
 
-    # In a wrong URL anything before the last @ may be the password.
+    # In an invalid URL, anything before the last @ may be the password.
     scheme = text.partition('://')[0]
-    shown = '{}***@{}'.format(scheme + '://' if scheme.isalpha() else '', text.rpartition('@')[2]) if '@' in text else text
+    shown = f"{scheme + '://' if scheme.isalpha() else ''}***@{text.rpartition('@')[2]}" if '@' in text else text
     wrong = ValueError(f'{shown!r} is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...')
     try:
         url = urlsplit(text)
         port = url.port
     except ValueError:
-        raise wrong
+        raise wrong from None
     if url.scheme not in ('smtp', 'smtps') or not url.hostname or port == 0 or not text.isprintable() \
             or ' ' in url.hostname or url.path.strip('/') or url.query or url.fragment:
         raise wrong
@@ -87,279 +92,194 @@ def parse_smtp(text: str) -> SmtpServer:
     user = unquote(url.username or '')
     password = unquote(url.password or '') or os.environ.get('SUPERLANCE_SMTP_PASSWORD', '')
     if user and not (user + password).isascii():
-        raise ValueError(f'{shown!r}: user and password may hold ASCII only, as smtplib can send no more')
+        raise ValueError(f'{shown!r}: user name and password must be ASCII, because smtplib can send no others')
     return SmtpServer(url.hostname, port or (465 if tls else 25), tls, user, password)
+
+
+def parse_webhook(text: str) -> Target:
+    """Return the Target for an https or http URL. Raises ValueError, which contains no part of the URL."""
+    from superlance.fetch import parse_url
+
+    try:
+        return parse_url(text, shown='webhook')
+    except ValueError:
+        raise ValueError('the value, which is not shown because it is secret, is not a valid URL; '
+                         'write https://HOST/PATH') from None
 
 
 OPTIONS = (
     Option('m', 'email', parse_addresses),
     Option('s', 'sendmail_program', parse_text),
     Option('', 'smtp', parse_smtp),
+    Option('', 'webhook', parse_webhook),
     Option('', 'from', parse_address),
 )
 
 
-def read_settings(given: Given) -> Settings:
-    """Return the mail settings among the options that were given."""
+def read_settings(given: Given, without_recipients: bool = False) -> Settings:
+    """Return the settings, and add a warning for each option that has no effect. Raises UsageError.
+
+    without_recipients: an explicit -s is used even if there is no -m (crashmail).
+    """
+    if () in given.all('email'):
+        given.ignore_empty('-m')
     recipients = tuple(address for addresses in given.all('email') for address in addresses)
-    return Settings(recipients, given.last('sendmail_program', SENDMAIL), given.last('smtp'), given.last('from'))
+    settings = Settings(
+        recipients=recipients, sendmail=given.last('sendmail_program', SENDMAIL), smtp=given.last('smtp'),
+        sender=given.last('from'), webhook=_read_webhook(given))
+    if without_recipients and not recipients and 'sendmail_program' in given:
+        settings = settings._replace(without_recipients=True, smtp=None)
+        unused = {'--smtp': 'smtp'}
+    else:
+        unused = {'-s': 'sendmail_program', '--smtp': 'smtp', '--from': 'from'} if not recipients else {}
+    given.warnings += [f'ignored option {flag}: it has no effect without -m'
+                       for flag, name in unused.items() if name in given]
+    if settings.smtp and recipients and 'sendmail_program' in given:
+        given.warnings.append('ignored option -s: --smtp takes precedence')
+    webhook = settings.webhook
+    if webhook and not webhook.tls and not _is_private(webhook.host):
+        given.warnings.append('the webhook URL, which is secret, is sent unencrypted; use https instead of http')
+    return settings
 
 
-def compose(settings: Settings, program: str, mail: Mail) -> EmailMessage:
-    """Return the message for a mail."""
+def _read_webhook(given: Given) -> Target | None:
+    text = os.environ.get('SUPERLANCE_WEBHOOK')
+    if 'webhook' in given or not text:
+        webhook: Target | None = given.last('webhook')
+        return webhook
+    try:
+        return parse_webhook(text)
+    except ValueError as why:
+        raise UsageError(f'environment variable SUPERLANCE_WEBHOOK: {why}') from None
+
+
+def _is_private(host: str) -> bool:
+    """Return whether a host is on this machine or in a private network, as far as its name shows."""
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(host.partition('%')[0]).is_private
+    except ValueError:
+        return '.' not in host
+
+
+def describe(settings: Settings) -> str:
+    """Return where notices go, for the first line of the log; no secrets."""
+    parts = [_describe_mail(settings)] if settings.sends_mail else []
+    if settings.webhook:
+        parts.append('notices to the webhook')
+    return '; '.join(parts) or 'no mail'
+
+
+def _describe_mail(settings: Settings) -> str:
+    to = f"to {', '.join(settings.recipients)} " if settings.recipients else ''
+    return f'mail {to}through {settings.smtp.shown if settings.smtp else settings.shown_command}'
+
+
+def find_command_problem(settings: Settings) -> str:
+    """Return one line if the first word of the mail command is a path or a name that does not exist, otherwise ''."""
+    word = settings.sendmail.split()[0] if settings.sendmail.strip() else ''
+    if not settings.sends_mail or settings.smtp or not re.fullmatch(r'[\w./+-]+', word) or _exists(word):
+        return ''
+    if settings.sendmail == SENDMAIL:
+        return f'mail command {word} not found: install a mail server such as Postfix, or use --smtp or -s'
+    return 'the command of -s is not found, or is not executable'
+
+
+def _exists(word: str) -> bool:
+    if '/' in word:
+        return os.path.isfile(word) and os.access(word, os.X_OK)
+    try:    # it may also be built into the shell
+        run_command(['/bin/sh', '-c', f'command -v {word}'], Deadline(FIND_COMMAND_SECONDS).seconds_left)
+    except CommandFailed:
+        return False
+    return True
+
+
+# The message.
+
+def compose(settings: Settings, program: str, notice: Notice) -> EmailMessage:
+    """Return the mail for a notice."""
     from email.message import EmailMessage
     from email.policy import default
     from email.utils import formatdate
-    from socket import gethostname
 
-    host = printable(gethostname())
-    domain = host if re.fullmatch(DOMAIN, host, re.ASCII) else 'localhost'
-    # A long subject stays on its line, where a filter finds it; only encoded words have to be short.
-    plain = mail.subject.isascii()
-    message = EmailMessage(default.clone(max_line_length=LINE_LIMIT_BYTES) if plain else default)
-    message['To'] = ', '.join(settings.recipients)
+    domain = find_domain()
+    # A long subject stays on one line, so that filters find it; only encoded words must be short.
+    policy = default.clone(max_line_length=LINE_LIMIT_BYTES) if notice.subject.isascii() else default
+    message = EmailMessage(policy)
+    if settings.recipients:
+        message['To'] = ', '.join(settings.recipients)
     sender = settings.sender or (f'{program}@{domain}' if settings.smtp else None)
     if sender:
         message['From'] = sender
-    # email.message would decode an encoded word (RFC 2047), and write a line end in it as such.
-    message['Subject'] = one_line(mail.subject).replace('=?', '= ?')
-    message['Date'] = formatdate(mail.written, localtime=True)
-    # The same at every try, so that what was taken twice is known for one.
-    message['Message-ID'] = '<%d.%d.%s@%s>' % (mail.written * 1000000, os.getpid(), program, domain)
+    # email.message would decode an encoded word (RFC 2047), even to a line end.
+    message['Subject'] = one_line(notice.subject).replace('=?', '= ?')
+    message['Date'] = formatdate(notice.written, localtime=True)
+    # The same at each attempt, so that duplicates can be recognised.
+    message['Message-ID'] = f'<{int(notice.written * 1000000)}.{os.getpid()}.{program}@{domain}>'
     message['Auto-Submitted'] = 'auto-generated'
-    lines = [printable(line.expandtabs().rstrip()) for line in mail.body.split('\n')]
-    origin = f'{program} on {host}'
-    if mail.server:
-        origin += f', supervisor {one_line(mail.server)}'
-    text = '\n'.join(lines).rstrip('\n') + '\n\n-- \n' + origin + '\n'
-    readable = all(len(line.encode('utf-8')) <= LINE_LIMIT_BYTES for line in text.split('\n'))
-    if text.isascii():
-        encoding = '7bit'
-    else:
-        encoding = '8bit' if not settings.smtp else 'quoted-printable'  # a server need not take 8bit, RFC 6152
-    message.set_content(text, cte=encoding if readable else 'quoted-printable')
+    text = f'{make_body(notice)}\n\n-- \n{make_origin(program, notice)}\n'
+    fits = all(len(line.encode('utf-8')) <= LINE_LIMIT_BYTES for line in text.split('\n'))
+    encoding = '7bit' if text.isascii() else '8bit'
+    if not fits or (settings.smtp and encoding == '8bit'):  # a server need not accept 8bit, RFC 6152
+        encoding = 'quoted-printable'
+    message.set_content(text, cte=encoding)
     return message
 
 
-def send(settings: Settings, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
-    """Send a message; return what the mail command or server said. Raises SendFailed."""
-    if settings.smtp:
-        return _send_by_smtp(settings.smtp, message, seconds_left)
-    try:
-        output = run_command(settings.sendmail, seconds_left, message.as_bytes())
-    except CommandFailed as why:
-        raise SendFailed(str(why))
-    return one_line(decode_end(output))
+# One attempt by each transport.
 
+def send_mail(settings: Settings, program: str, notice: Notice, seconds_left: SecondsLeft) -> str:
+    """Send a notice as mail; return the answer of the mail server, or the output of the mail command.
 
-def _send_by_smtp(server: SmtpServer, message: EmailMessage, seconds_left: Callable[[], float]) -> str:
-    import smtplib
-    import socket
-    from contextlib import closing, suppress
-
-    context = _make_tls_context(server)
-    timeout = max(0.1, seconds_left())
-    smtp = smtplib.SMTP_SSL(timeout=timeout, context=context) if server.tls else smtplib.SMTP(timeout=timeout)
-    setattr(smtp, '_host', server.host)  # the name that TLS verifies, which only the constructor sets else
-
-    late = threading.Event()
-
-    def cut() -> None:
-        late.set()
-        with suppress(OSError):     # it is closed by now
-            if smtp.sock:  # pragma: no branch  else it has not connected yet
-                smtp.sock.shutdown(socket.SHUT_RDWR)
-
-    watch = threading.Timer(timeout, cut)  # smtplib's own timeout is that of each read
-    watch.daemon = True
-    try:
-        watch.start()
-        with closing(smtp):
-            _open_session(smtp, server, context)
-            refused = smtp.send_message(message)
-            with suppress(OSError):
-                smtp.putcmd('QUIT')  # the mail is taken, whatever is answered to this
-    except smtplib.SMTPRecipientsRefused as why:
-        raise SendFailed(f'{server.host}: {_describe_refused(why.recipients)}')
-    except smtplib.SMTPResponseException as why:
-        raise SendFailed(f'{server.host}: {_describe_answer(why.smtp_code, why.smtp_error)}')
-    except (OSError, ValueError) as why:  # ValueError: what smtplib can't put into its protocol
-        reason = (one_line(why) or type(why).__name__) if not late.is_set() else 'timed out'
-        raise SendFailed('%s:%d: %s' % (server.host, server.port, reason))
-    finally:
-        watch.cancel()
-    return _describe_refused(refused)
-
-
-def _make_tls_context(server: SmtpServer) -> ssl.SSLContext:
-    import ssl
-
-    context = ssl.create_default_context()
-    if _is_loopback(server.host) or not (server.tls or server.user):
-        # Nothing secret is sent, or not over a network: TLS that can't be verified beats none.
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _open_session(smtp: smtplib.SMTP, server: SmtpServer, context: ssl.SSLContext) -> None:
-    """Connect, encrypt where that is offered, and log in where there is a user; SendFailed where that is not safe."""
-    import smtplib
-    import ssl
-
-    code, greeting = smtp.connect(server.host, server.port)
-    if code != 220:
-        raise smtplib.SMTPConnectError(code, greeting)
-    smtp.ehlo_or_helo_if_needed()
-    encrypted = server.tls
-    if not encrypted and smtp.has_extn('starttls'):
-        smtp.starttls(context=context)
-        encrypted = True
-    if server.user:
-        # The name was looked up anew to connect, so it is the peer that counts.
-        verified = encrypted and context.verify_mode == ssl.CERT_REQUIRED
-        if not (verified or (smtp.sock and _is_loopback_address(smtp.sock.getpeername()[0]))):
-            raise SendFailed(f'{server.host} offers no STARTTLS, and the password is not sent without')
-        smtp.login(server.user, server.password)
-
-
-def _describe_refused(refused: Mapping[str, tuple[int, bytes]]) -> str:
-    return ', '.join(f'{address} was refused: {_describe_answer(*answer)}'
-                     for address, answer in refused.items())
-
-
-def _describe_answer(code: int, text: bytes | str) -> str:
-    return '%d %s' % (code, one_line(text.decode('utf-8', 'replace') if isinstance(text, bytes) else text))
-
-
-def _is_loopback(host: str) -> bool:
-    """Return whether every address of host is this machine's own."""
-    from socket import getaddrinfo
-
-    try:
-        found = {str(address[0]) for *_, address in getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False
-    return bool(found) and all(map(_is_loopback_address, found))
-
-
-def _is_loopback_address(address: str) -> bool:
-    from ipaddress import ip_address
-
-    return ip_address(address.partition('%')[0]).is_loopback
-
-
-class Outbox:
-    """Sends mails one at a time on a thread of its own, and tries again what could not be sent.
-
-    A new mail is tried at once. When one has gone, those that failed before are tried
-    too; when none goes, one of them is tried after 10 s, then 20 s, and so on to 10 minutes.
+    seconds_left is how much time the listener has; each transport has deadlines of its own. Raises SendFailed.
     """
+    message = compose(settings, program, notice)
+    if settings.smtp:
+        from superlance import smtp
 
-    def __init__(self, settings: Settings, program: str, log: Log,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings = settings
-        self._program = program
-        self._log = log
-        self._clock = clock
-        self._thread: threading.Thread | None = None
-        # All that follows is guarded by this.
-        self._changed = threading.Condition()
-        self._fresh: deque[Mail] = deque()
-        self._failed: deque[Mail] = deque()
-        self._sending: Mail | None = None
-        self._retry_at = math.inf
-        self._retry_seconds = FIRST_RETRY_SECONDS
-        self._end_at = math.inf
-        self._last_tries = 0
+        return smtp.send(settings.smtp, message, seconds_left)
+    deadline = Deadline(COMMAND_SECONDS)
+    try:
+        output = run_command(settings.sendmail, lambda: min(deadline.seconds_left(), seconds_left()),
+                             message.as_bytes(), shown=settings.shown_command)
+    except CommandFailed as why:
+        raise SendFailed(_hide_command(settings, str(why))) from None
+    return _hide_command(settings, one_line(decode_end(output)))
 
-    def put(self, subject: str, body: str, server: str = '') -> None:
-        """Send a mail as soon as may be, none without recipients; server is supervisord's identifier. Never waits."""
-        if not self._settings.recipients:
-            return
-        with self._changed:
-            self._fresh.append(Mail(subject, body, server, time.time(), self._clock()))
-            if len(self._fresh) + len(self._failed) > KEEP_MAILS:
-                oldest = min((*self._failed, self._fresh[0]), key=lambda mail: mail.queued)
-                (self._failed if oldest in self._failed else self._fresh).remove(oldest)
-                self._drop(oldest, 'more than %d mails wait' % KEEP_MAILS)
-            self._changed.notify()
-            if self._thread is None:
-                thread = threading.Thread(target=self._work, name='outbox', daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as why:
-                    self._log(f'unable to send mail "{subject}" before the next one, or the end: {why}')
-                else:
-                    self._thread = thread  # not before, since a signal may end the listener in start()
 
-    def close(self) -> None:
-        """Give all that waits one last try, for 5 s at most, and tell what is left."""
-        with self._changed:
-            self._end_at = self._clock() + CLOSE_SECONDS
-            self._last_tries = len(self._failed)
-            self._changed.notify()
-        if self._thread:
-            self._thread.join(CLOSE_SECONDS + 1)
-        else:
-            self._work()
-        with self._changed:
-            for mail in filter(None, (self._sending, *self._failed, *self._fresh)):
-                self._drop(mail, f'{self._program} ends')
+def _hide_command(settings: Settings, text: str) -> str:
+    """Return text without the words of -s, which a shell repeats when it does not understand them."""
+    if settings.sendmail == SENDMAIL:
+        return text
+    return hide(text, {one_line(settings.sendmail), *re.split(r'[\s\'"`=;&|<>(){}$]+', settings.sendmail)})
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                retried = self._wait_for_next()
-                if self._sending is None:
-                    return
-                mail = self._sending
-            failure = self._try(mail)
-            with self._changed:
-                self._sending = None
-                if not failure:
-                    self._retry_seconds = FIRST_RETRY_SECONDS
-                    self._retry_at = self._clock() if self._failed else math.inf
-                    continue
-                self._failed.append(mail)
-                if retried:
-                    self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
-                    self._retry_at = math.inf
-                self._retry_at = min(self._retry_at, self._clock() + self._retry_seconds)
 
-    def _wait_for_next(self) -> bool:
-        """Make the next mail the one that is being sent, none at the end; return whether it's a retry."""
-        while True:
-            now = self._clock()
-            for mail in [m for m in self._failed if now - m.queued > KEEP_SECONDS]:
-                self._failed.remove(mail)
-                self._drop(mail, 'it could not be sent for %d hours' % (KEEP_SECONDS // 3600))
-            ending = self._end_at < math.inf
-            if now >= self._end_at:
-                return False
-            if self._fresh:
-                self._sending = self._fresh.popleft()
-                return False
-            if self._failed and (self._last_tries > 0 if ending else now >= self._retry_at):
-                self._last_tries -= 1
-                self._sending = self._failed.popleft()
-                return True
-            if ending:
-                return False
-            self._changed.wait(max(0.0, self._retry_at - now) if self._failed else None)
+def send_webhook(settings: Settings, program: str, notice: Notice, seconds_left: SecondsLeft) -> str:
+    """Post a notice to the webhook; return the status line of the response. Raises SendFailed."""
+    from superlance import webhook
 
-    def _try(self, mail: Mail) -> str:
-        """Send a mail; return why that failed, or ''."""
-        started = self._clock()
+    assert settings.webhook
+    return webhook.post(settings.webhook, program, notice, seconds_left)
+
+
+def send_test(settings: Settings, program: str, subject: str, body: str, server: str = '') -> tuple[list[str], bool]:
+    """Send a notice by mail and to the webhook; return one line for each, with the answer, and whether both succeeded.
+
+    May take 11 minutes, as any mail.
+    """
+    notice = Notice(subject, body, server, time.time())
+    lines, succeeded = [], True
+    for used, send, where in ((settings.sends_mail, send_mail, _describe_mail(settings)),
+                              (settings.webhook is not None, send_webhook, 'notice to the webhook')):
+        if not used:
+            continue
         try:
-            said = send(self._settings, compose(self._settings, self._program, mail),
-                        lambda: min(started + SEND_TIMEOUT_SECONDS, self._end_at) - self._clock())
-        except Exception as why:  # whatever it is, the mails behind this one must not wait for ever
-            self._log(f'unable to send mail "{mail.subject}", which is kept and tried again: {why}')
-            return str(why) or type(why).__name__
-        self._log('sent mail "{}" to {}{}'.format(mail.subject, ', '.join(self._settings.recipients),
-                                              ': ' + said if said else ''))
-        return ''
-
-    def _drop(self, mail: Mail, reason: str) -> None:
-        self._log(f'dropped mail "{mail.subject}": {reason}')
+            answer = send(settings, program, notice, lambda: float('inf'))
+        except SendFailed as why:
+            lines.append(f'unable to send {where}: {why}')
+            succeeded = False
+        else:
+            lines.append(f'sent {where}{": " if answer else ""}{answer}')
+    return lines, succeeded

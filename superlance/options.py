@@ -24,12 +24,15 @@ SIZE_UNITS = {'': 1, 'k': 1024, 'm': 1024 ** 2, 'g': 1024 ** 3, 't': 1024 ** 4}
 TIME_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 LONGEST_TIME_DAYS = 10000  # threads and sockets can't wait for more than 292 years
 
-# The addresses of RFC 5322, less its rare forms, on some of which email.message fails.
+# The addresses of RFC 5322, less its rare forms, on some of which email.message fails. In display names and comments,
+# a letter beyond ASCII is allowed too.
 DOMAIN = r'\w[\w-]*(?:\.[\w-]+)*'
 ATEXT = r"[\w!#$%&'*+/=?^`{|}~-]"
 ADDR_SPEC = rf'{ATEXT}(?:{ATEXT}|\.)*(?:@{DOMAIN})?'
-DISPLAY_NAME = rf'(?:"[^"\\]*"\s*|{ATEXT}(?:{ATEXT}|[. ])*(?<!\.))'
-MAILBOX = rf'(?:{DISPLAY_NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\([\w .-]*\))?)'
+LETTER = r'[^\x00-\x7f]'
+QUOTED = r'"[^"\\]*"'
+DISPLAY_NAME = rf'(?:{QUOTED}\s*|(?:{ATEXT}|{LETTER})(?:{ATEXT}|{LETTER}|[. ])*(?<!\.))'
+MAILBOX = rf'(?:{DISPLAY_NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\((?:[\w .-]|{LETTER})*\))?)'
 
 
 class UsageError(Exception):
@@ -230,21 +233,35 @@ def parse_rate(text: str) -> Rate:
 
 
 def parse_addresses(text: str) -> tuple[str, ...]:
-    """Return the mail addresses in a text that may hold several with commas. Raises ValueError."""
-    # A comma parts two addresses where an even number of quotes follows it.
-    addresses = tuple(part.strip() for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*\Z)', text))
+    """Return the mail addresses in a comma-separated text; one without any is accepted. Raises ValueError."""
+    # A comma separates two addresses if an even number of quotes follows it.
+    parts = [part.strip() for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*\Z)', text)]
+    addresses = tuple(filter(None, parts))
     for address in addresses:
-        # email.message would decode an encoded word (RFC 2047), to a line end even.
+        # email.message would decode an encoded word (RFC 2047), even to a line end.
         if not (address.isprintable() and re.fullmatch(MAILBOX, address, re.ASCII)) or '=?' in address:
             raise ValueError(f'{text!r} is not a mail address; write one, as in bob@example.com, '
-                             'or several with commas')
-    return addresses
+                             'or several, separated by commas')
+    return tuple(map(_simplify_name, addresses))
+
+
+def _simplify_name(address: str) -> str:
+    """Return the address without special characters in a quoted display name that is beyond ASCII.
+
+    email.message encodes the words that need it, and writes the others without the quotes.
+    """
+    quoted = re.match(QUOTED, address)
+    if not quoted or quoted[0].isascii():
+        return address
+    return ' '.join(re.sub(r'[][()<>@,:;".]', ' ', quoted[0]).split()) + ' ' + address[quoted.end():].strip()
 
 
 def parse_address(text: str) -> str:
     """Return the one mail address in text. Raises ValueError."""
     addresses = parse_addresses(text)
-    if len(addresses) != 1:
+    if not addresses:
+        raise ValueError('must not be empty')
+    if len(addresses) > 1:
         raise ValueError(f'{text!r} is more than one mail address')
     return addresses[0]
 

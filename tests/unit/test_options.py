@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -104,6 +105,7 @@ WRONG: Sequence[tuple[Parse, str, str]] = tuple(
     + [(parse_rate, '0/1h', 'write a whole number, at least 1'), (parse_rate, 'x/1h', 'write a whole number, at least 1'),
        (parse_rate, '3/', 'write seconds'), (parse_rate, '3/1/2', 'write seconds'),
        (parse_rate, '3/0', 'must be greater than 0'), (parse_text, '', 'must not be empty'),
+       (parse_address, '', 'must not be empty'),
        (parse_address, 'a@example.com, b@example.com', 'is more than one mail address')])
 
 
@@ -228,14 +230,23 @@ def test_name_matches(name: str, matching: list[str]) -> None:
     ('"Doe, J" <j@example.com>, "x, y, z"<x@example.com>, a@b',
      ['"Doe, J" <j@example.com>', '"x, y, z"<x@example.com>', 'a@b']),
     ('a+tag=x/{y}..z@mail-1.example.co.uk', ['a+tag=x/{y}..z@mail-1.example.co.uk']),
+    # An empty part is ignored.
+    ('', []),
+    (' ', []),
+    (',', []),
+    ('a@example.com,', ['a@example.com']),
+    (',a@example.com', ['a@example.com']),
+    ('a@example.com, ,b@example.com', ['a@example.com', 'b@example.com']),
+    # Beyond ASCII: names, but not addresses.
+    ('J\xfcrgen M. M\xfcller <b@example.com>, root', ['J\xfcrgen M. M\xfcller <b@example.com>', 'root']),
+    ('\u65e5\u672c <b@example.com>', ['\u65e5\u672c <b@example.com>']),
+    ('b@example.com (B\xf6b)', ['b@example.com (B\xf6b)']),
+    ('"B\xf6b" <b@example.com>', ['B\xf6b <b@example.com>']),
+    ('"M\xfcller, Bob; [x]: a@b.c. <(Jr)>"<b@example.com>', ['M\xfcller Bob x a b c Jr <b@example.com>']),
+    ('B\xf6b, <bob@example.com>', None),
+    ('B\x85b <bob@example.com>', None),
+    ('B\u202eb <bob@example.com>', None),
     ('a@[ops', None),
-    ('', None),
-    (' ', None),
-    (',', None),
-    ('a@example.com,', None),
-    (',a@example.com', None),
-    ('a@example.com,,b@example.com', None),
-    ('a@example.com, ,b@example.com', None),
     ('bob@', None),
     ('@example.com', None),
     ('<bob@>', None),
@@ -261,7 +272,6 @@ def test_name_matches(name: str, matching: list[str]) -> None:
     ('"a\\", b" <a@example.com>', None),
     ('b\xf6b@example.com', None),
     ('bob@ex\xe4mple.com', None),
-    ('B\xf6b <bob@example.com>', None),
     ('bob\udcff@example.com', None),
     ('bob@example.com\nBcc: eve@example.com', None),
     ('bob@example.com\r\n\r\nbody', None),
@@ -275,11 +285,10 @@ def test_addresses(text: str, addresses: list[str] | None) -> None:
     if addresses is not None:
         assert parse_addresses(text) == tuple(addresses)
         return
-    with pytest.raises(ValueError) as why:
-        parse_addresses(text)
-    assert str(why.value) == (f'{text!r} is not a mail address; write one, as in bob@example.com, or several with commas')
-    with pytest.raises(ValueError):
-        parse_address(text)
+    complaint = f'{text!r} is not a mail address; write one, as in bob@example.com, or several, separated by commas'
+    for parse in (parse_addresses, parse_address):
+        with pytest.raises(ValueError, match=f'^{re.escape(complaint)}$'):
+            parse(text)
 
 
 # URLs.
