@@ -93,7 +93,8 @@ class Run(NamedTuple):
 def run_in_process(run: Callable[[], int], data: bytes = b'', stdout: int | None = None, **environment: str) -> Run:
     """Call run, a script's main or listen, with this data as stdin; return what it writes to stdout and stderr.
 
-    stdout: a file descriptor to use instead of a file. What a listener changes in its process is changed back.
+    stdout: a file descriptor to use instead of a file. SUPERVISOR_SERVER_URL='' unsets that variable. What a
+    listener changes in its process is changed back.
     """
     open_before = set(os.listdir('/dev/fd'))
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
@@ -109,6 +110,8 @@ def run_in_process(run: Callable[[], int], data: bytes = b'', stdout: int | None
                     open(2, 'w', encoding='utf-8', closefd=False) as err, redirect_stdout(out), redirect_stderr(err), \
                     mock.patch.dict(os.environ, {'SUPERVISOR_SERVER_URL': NO_SUPERVISORD,
                                                  'SUPERVISOR_GROUP_NAME': 'listener', **environment}):
+                if not os.environ['SUPERVISOR_SERVER_URL']:
+                    del os.environ['SUPERVISOR_SERVER_URL']
                 status = run()
         finally:
             signal.set_wakeup_fd(-1)
