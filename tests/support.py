@@ -90,7 +90,8 @@ class Run(NamedTuple):
     log: str
 
 
-def run_in_process(run: Callable[[], int], data: bytes = b'', stdout: int | None = None, **environment: str) -> Run:
+def run_in_process(run: Callable[[], int], data: bytes = b'', environment: dict[str, str] | None = None,
+                   stdout: int | None = None) -> Run:
     """Call run, a script's main or listen, with this data as stdin; return what it writes to stdout and stderr.
 
     stdout: a file descriptor to use instead of a file. SUPERVISOR_SERVER_URL='' unsets that variable. What a
@@ -109,7 +110,7 @@ def run_in_process(run: Callable[[], int], data: bytes = b'', stdout: int | None
             with open(1, 'w', encoding='utf-8', closefd=False) as out, \
                     open(2, 'w', encoding='utf-8', closefd=False) as err, redirect_stdout(out), redirect_stderr(err), \
                     mock.patch.dict(os.environ, {'SUPERVISOR_SERVER_URL': NO_SUPERVISORD,
-                                                 'SUPERVISOR_GROUP_NAME': 'listener', **environment}):
+                                                 'SUPERVISOR_GROUP_NAME': 'listener', **(environment or {})}):
                 if not os.environ['SUPERVISOR_SERVER_URL']:
                     del os.environ['SUPERVISOR_SERVER_URL']
                 status = run()

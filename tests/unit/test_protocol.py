@@ -2,21 +2,21 @@
 from __future__ import annotations
 
 import re
-from typing import Callable
+from importlib import import_module
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import READY, Run, acknowledge, make_event, run_in_process
 
-from superlance import __version__, crashmail, httpok, memmon
+from superlance import __version__
 
 URL = 'http://127.0.0.1:1/'     # refuses connections
 # Each with options with which it does its work.
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
-    'memmon': (memmon.main, ['-a', '100TB']),
-    'httpok': (httpok.main, ['-t', '0.01', URL]),
-    'crashmail': (crashmail.main, []),
+ARGUMENTS = {
+    'memmon': ['-a', '100TB'],
+    'httpok': ['-t', '0.01', URL],
+    'crashmail': [],
 }
 STAMP = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}'
 TICK = ('TICK_5', 'when:1')
@@ -25,16 +25,16 @@ SERVED = {'memmon': TICK, 'httpok': TICK, 'crashmail': CRASH}
 # What the log has for each event that is served.
 LOGGED = {'memmon': None, 'httpok': f'{URL}: ', 'crashmail': '(pid 123)'}
 
-every_command = pytest.mark.parametrize('name', COMMANDS)
+every_command = pytest.mark.parametrize('name', ARGUMENTS)
 
 
-def run(name: str, *arguments: str, data: bytes = b'', **environment: str) -> Run:
-    return run_in_process(lambda: COMMANDS[name][0](list(arguments)), data, **environment)
+def run(name: str, *arguments: str, data: bytes = b'', environment: dict[str, str] | None = None) -> Run:
+    return run_in_process(lambda: import_module(f'superlance.{name}').main(arguments), data, environment)
 
 
 def serve(name: str, data: bytes) -> Run:
     """Run a command as a listener; its log is without the line of the start and the warnings."""
-    found = run(name, *COMMANDS[name][1], data=data)
+    found = run(name, *ARGUMENTS[name], data=data)
     lines = found.log.splitlines(keepends=True)
     assert all(re.match(f'{STAMP} {name}: ', line) for line in lines), found.log
     start = re.compile(rf'{STAMP} {name}: (warning: |{name} {re.escape(__version__)}: )')
@@ -147,9 +147,9 @@ def test_usage_error_is_one_line_that_shows_the_value(name: str, arguments: list
 
 
 @pytest.mark.parametrize(('name', 'more'), [
-    *((name, more) for name in COMMANDS for more in ([], ['-m', 'bob@example.com'])), ('crashmail', ['--tail=5'])])
+    *((name, more) for name in ARGUMENTS for more in ([], ['-m', 'bob@example.com'])), ('crashmail', ['--tail=5'])])
 def test_listener_runs_under_supervisord_only(name: str, more: list[str]) -> None:
-    status, output, log = run(name, *more, *COMMANDS[name][1], SUPERVISOR_SERVER_URL='')
+    status, output, log = run(name, *more, *ARGUMENTS[name], environment={'SUPERVISOR_SERVER_URL': ''})
     assert (status, output) == (1, b'')
     assert log.startswith(f'{name} must be started by supervisord') and log.count('\n') == 1 and '--once' in log
 
