@@ -1,0 +1,585 @@
+"""memmon in-process: its options, how it reads memory, which limit applies, what it decides and reports."""
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from support import PYTHON, read, wait_for, write_script
+
+from superlance import __version__, mail, memmon
+from superlance.listener import Event, ExitRequest, make_log
+from superlance.memmon import Limit, ProcessMemory
+from superlance.options import EVERY, Name, Rate, read_argv
+from superlance.restart import Outcome, Result
+from superlance.rpc import Process, Refused, State, Unknown
+
+KB, MB, GB = 1024, 1024 ** 2, 1024 ** 3
+TICK = Event('TICK_60', 'when:1', 'testing', 0.0)
+SIZE_HELP = 'is not a size; write bytes, or a number with KB, MB, GB or TB, as in 200MB'
+NAME_HELP = 'is not a process name; write program, group:program or group:*'
+
+
+def make_process(namespec: str = 'web:web', pid: int = 7, state: State = State.RUNNING, uptime: int = 1) -> Process:
+    group, _, program = namespec.partition(':')
+    return Process(group, program, pid, state, state.name, 1000, 1000 + uptime, '')
+
+
+# Options.
+
+@pytest.mark.parametrize(('text', 'limit'), [
+    ('foo=200MB', Limit(Name(None, 'foo'), 200 * MB)),
+    ('foo=4096', Limit(Name(None, 'foo'), 4096)),
+    ('foo=1.5g', Limit(Name(None, 'foo'), 3 * GB // 2)),
+    ('foo=64KiB', Limit(Name(None, 'foo'), 64 * KB)),
+    (' foo = 1 KB ', Limit(Name(None, 'foo'), KB)),
+    ('foo:bar=1kb', Limit(Name('foo', 'bar'), KB)),
+    ('foo:*=1TB', Limit(Name('foo', None), 1024 * GB)),
+    ('foo:=1m', Limit(Name('foo', None), MB)),
+    ('a=b=1MB', Limit(Name(None, 'a=b'), MB)),
+    ('a,b=1MB', Limit(Name(None, 'a,b'), MB)),
+    ('größe=1MB', Limit(Name(None, 'größe'), MB)),
+])
+def test_program_limit(text: str, limit: Limit) -> None:
+    assert memmon.parse_program_limit(text) == limit
+
+
+@pytest.mark.parametrize(('text', 'limit'), [
+    ('bar=200MB', Limit(Name('bar', None), 200 * MB)),
+    (' bar = 1 KB ', Limit(Name('bar', None), KB)),
+    ('größe=0', Limit(Name('größe', None), 0)),
+])
+def test_group_limit(text: str, limit: Limit) -> None:
+    assert memmon.parse_group_limit(text) == limit
+
+
+@pytest.mark.parametrize(('argv', 'error'), [
+    (['-p', 'foo'], "option -p: 'foo' has no size; write NAME=SIZE, as in name=200MB"),
+    (['--program', '=1MB'], "option --program: '=1MB' has no name; write NAME=SIZE, as in name=200MB"),
+    (['-p', 'foo='], f"option -p: '' {SIZE_HELP}"),
+    (['-p', 'foo=-1'], f"option -p: '-1' {SIZE_HELP}"),
+    (['-p', 'foo=1PB'], f"option -p: '1PB' {SIZE_HELP}"),
+    (['-p', '*=1MB'], f"option -p: '*' {NAME_HELP}"),
+    (['-p', ':bar=1MB'], f"option -p: ':bar' {NAME_HELP}"),
+    (['-p', 'a:b:c=1MB'], f"option -p: 'a:b:c' {NAME_HELP}"),
+    (['-p', 'a=200MB,b=100MB'],
+     "option -p: 'a=200MB,b=100MB' is more than one limit; write -p twice: -p a=200MB -p b=100MB"),
+    (['-p', 'a=1,b=2,c=3'], "option -p: 'a=1,b=2,c=3' is more than one limit; write -p 3 times: -p a=1 -p b=2 -p c=3"),
+    (['-g', 'a=1MB,b=2MB'], "option -g: 'a=1MB,b=2MB' is more than one limit; write -g twice: -g a=1MB -g b=2MB"),
+    (['-g', 'bar'], "option -g: 'bar' has no size; write GROUP=SIZE, as in group=200MB"),
+    (['-g', '=1MB'], "option -g: '=1MB' has no name; write GROUP=SIZE, as in group=200MB"),
+    (['-g', ' =1MB'], "option -g: ' ' is not a group name; write GROUP=SIZE, as in group=200MB"),
+    (['-g', 'bar:*=1MB'], "option -g: 'bar:*' is not a group name; write GROUP=SIZE, as in group=200MB"),
+    (['-g', 'bar=x'], f"option -g: 'x' {SIZE_HELP}"),
+    (['-a', 'foo=1MB'], f"option -a: 'foo=1MB' {SIZE_HELP}"),
+    (['-a', '-1'], f"option -a: '-1' {SIZE_HELP}"),
+    (['-a', '1MB', '--samples=0'], "option --samples: '0' is not a count; write a whole number, at least 1"),
+    (['-a', '1MB', '--max-restarts=3'], "option --max-restarts: '3' is not a rate; write N/TIME, as in 3/1h"),
+    (['-a', '1MB', '-u', 'soon'],
+     "option -u: 'soon' is not a time; write seconds, or a number with s, m, h or d, as in 10m"),
+    ([], 'nothing to watch; give -p, -g or -a, as in -a 200MB'),
+    (['stray'], 'nothing to watch; give -p, -g or -a, as in -a 200MB'),
+    (['-m', 'bob@example.com'], 'nothing to watch; give -p, -g or -a, as in -a 200MB'),
+    (['--once'], 'nothing to watch; give -p, -g or -a, as in -a 200MB'),
+])
+def test_bad_options_are_one_line_and_exit_status_2(
+        argv: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert memmon.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"memmon: {error}; try 'memmon --help'\n"
+    assert printed.out == ''
+
+
+def build(*argv: str) -> memmon.Options:
+    return memmon.build_options(*read_argv(argv, memmon.OPTIONS))
+
+
+def test_options_by_default() -> None:
+    options = build('-a', '1MB')
+    assert options == memmon.Options(
+        limits=(Limit(EVERY, MB),), cumulative=False, uptime_seconds=None, name=None, samples=1, max_restarts=None,
+        dry_run=False, verbose=False, mail=options.mail, once=False, configuration=None, warnings=())
+    assert options.mail.recipients == ()
+
+
+@pytest.mark.parametrize(('argv', 'field', 'value'), [
+    (['-c'], 'cumulative', True),
+    (['--cumulative'], 'cumulative', True),
+    (['-u', '90'], 'uptime_seconds', 90),
+    (['--uptime=2h'], 'uptime_seconds', 7200),
+    (['-n', 'db1'], 'name', 'db1'),
+    (['--name=db1'], 'name', 'db1'),
+    (['-n', ''], 'name', None),
+    (['--samples=3'], 'samples', 3),
+    (['--max-restarts=3/1h'], 'max_restarts', Rate(3, 3600)),
+    (['--dry-run'], 'dry_run', True),
+    (['-v'], 'verbose', True),
+    (['--verbose'], 'verbose', True),
+    (['--once'], 'once', True),
+    (['--configuration=x.conf'], 'configuration', 'x.conf'),
+    (['-p', 'a=1', '--program=b=2', '-g', 'c=3', '--groupname=d=4', '--group=e=5', '--any=6'], 'limits',
+     (Limit(Name(None, 'a'), 1), Limit(Name(None, 'b'), 2), Limit(Name('c', None), 3), Limit(Name('d', None), 4),
+      Limit(Name('e', None), 5), Limit(EVERY, MB), Limit(EVERY, 6))),
+    (['-n', ''], 'warnings', ('ignored option -n: its value is empty',)),
+    (['web', 'smtp://robot:secret@host'], 'warnings', tuple(
+        f'ignored argument {word!r}: memmon takes options only; a value that contains spaces needs quotes'
+        for word in ('web', 'smtp://robot:***@host'))),
+])
+def test_each_option_has_its_field(argv: list[str], field: str, value: Any) -> None:
+    assert getattr(build('-a', '1MB', *argv), field) == value
+
+
+def test_mail_options() -> None:
+    settings = build('-a', '1MB', '-m', 'a@b.c, d@e.f', '--email=g@h.i', '-s', 'true', '--from=x@y.z').mail
+    assert settings.recipients == ('a@b.c', 'd@e.f', 'g@h.i')
+
+
+@pytest.mark.parametrize(('argv', 'text'), [
+    (['-a', '200MB'], 'restarts everything over 200.0MB'),
+    (['-a', '1', '-a', '1GB', '-p', 'web=200MB'], 'restarts web over 200.0MB, everything else over 1.0GB'),
+    (['-p', 'web=1KB', '-p', 'shop:web=2KB', '-g', 'db=3KB', '-p', 'web=4KB'],
+     'restarts web over 4.0KB, shop:web over 2.0KB, db:* over 3.0KB'),
+    (['-a', '1KB', '-c', '--samples=3', '--max-restarts=1/90', '--dry-run'],
+     'dry run, would restart everything over 1.0KB; child processes included; after 3 ticks in a row; '
+     'at most 1 restart of a process in 1m 30s'),
+])
+def test_first_line_of_the_log(argv: list[str], text: str) -> None:
+    options = build(*argv)
+    assert memmon.describe_options(options) == f'memmon {__version__}: {text}; {mail.describe(options.mail)}'
+
+
+def test_first_line_of_the_log_names_the_uptime_for_mail() -> None:
+    assert memmon.describe_options(build('-a', '1KB', '-u', '5m')).endswith(
+        '; mail of restarts only up to an uptime of 5m')
+
+
+# Probe.
+
+@pytest.mark.parametrize(('output', 'memory'), [
+    ('1 0 4\n', {1: ProcessMemory(0, 4 * KB)}),
+    ('    1     0  4\n  312     1 12345\n\n', {1: ProcessMemory(0, 4 * KB), 312: ProcessMemory(1, 12345 * KB)}),
+    ('0 0 0', {0: ProcessMemory(0, 0)}),
+    ('1\t0\t4\r\n', {1: ProcessMemory(0, 4 * KB)}),
+])
+def test_parse_ps(output: str, memory: dict[int, ProcessMemory]) -> None:
+    assert memmon.parse_ps(output) == memory
+
+
+@pytest.mark.parametrize(('output', 'error'), [
+    ('', 'ps printed no process'),
+    (' \n\n', 'ps printed no process'),
+    *((line + '\n', f'ps printed {line!r} instead of pid, parent pid and RSS')
+      for line in ('1 0', '1 0 4 5', '1 0 12m', '1 0 -4', '1 0 \N{SUPERSCRIPT TWO}')),
+    ('PID PPID RSS\n1 0 4\n', "ps printed 'PID PPID RSS' instead of pid, parent pid and RSS"),
+    ('1 0 4\n' + 'x' * 200, f"ps printed '{'x' * 80}' instead of pid, parent pid and RSS"),
+])
+def test_unusable_output_of_ps_is_unknown(output: str, error: str) -> None:
+    with pytest.raises(Unknown) as why:
+        memmon.parse_ps(output)
+    assert str(why.value) == error
+
+
+@given(st.text('0123456789 \n-x\u0663', max_size=40))
+def test_any_output_of_ps_is_read_or_unknown(output: str) -> None:
+    try:
+        memory = memmon.parse_ps(output)
+    except Unknown:
+        return
+    assert memory
+
+
+@pytest.fixture
+def big_child(tmp_path: Path) -> Iterator[int]:
+    """The pid of a child that uses 80 MB and has a name that confuses a careless reader of /proc."""
+    odd = tmp_path / 'a) R 7 (b'
+    odd.symlink_to(PYTHON)
+    code = 'x = bytearray(80 * 1024 ** 2); print(flush=True); input()'
+    with subprocess.Popen([str(odd), '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout
+            assert child.stdout.readline()
+            assert read(Path(f'/proc/{child.pid}/comm')) == odd.name + '\n'
+            yield child.pid
+        finally:
+            child.kill()
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='there is no /proc')
+def test_proc_and_ps_agree(big_child: int) -> None:
+    by_ps, by_proc = memmon.run_ps(10, ExitRequest()), memmon.read_proc()
+    assert by_proc[big_child].parent_pid == by_ps[big_child].parent_pid == os.getpid()
+    assert 80 * MB < by_proc[big_child].rss_bytes < 160 * MB
+    assert by_proc[big_child].rss_bytes == pytest.approx(by_ps[big_child].rss_bytes, rel=0.05)
+    assert set(by_ps) & set(by_proc) >= {os.getpid(), os.getppid(), big_child}
+
+
+@pytest.mark.parametrize(('found', 'error'), [
+    ([], '/proc has no processes'),
+    (['self', 'version'], '/proc has no processes'),
+    (PermissionError(13, 'Permission denied'), '/proc: Permission denied'),
+])
+def test_useless_proc_is_unknown(found: Any, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listdir(path: str) -> list[str]:
+        if isinstance(found, list):
+            return found
+        raise found
+    monkeypatch.setattr(os, 'listdir', listdir)
+    with pytest.raises(Unknown) as why:
+        memmon.read_proc()
+    assert str(why.value) == error
+
+
+def test_process_that_exits_while_proc_is_read_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, 'listdir', lambda path: [str(2 ** 30), str(os.getpid())])
+    assert list(memmon.read_proc()) == [os.getpid()]
+
+
+@pytest.fixture
+def hanging_ps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ps that hangs; the path of the file that it writes first."""
+    write_script(tmp_path / 'ps', f'touch {tmp_path}/started; exec sleep 600\n')
+    monkeypatch.setenv('PATH', f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path / 'started'
+
+
+def test_ps_that_hangs_is_unknown(hanging_ps: Path) -> None:
+    with pytest.raises(Unknown, match=r'ps -A .*: '):
+        memmon.run_ps(0.2, ExitRequest())
+
+
+def test_signal_interrupts_ps_and_proc_is_not_read_instead(
+        hanging_ps: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    request = ExitRequest()
+
+    def ask_to_exit() -> None:
+        wait_for(hanging_ps.exists)
+        request.requested = True
+
+    thread = threading.Thread(target=ask_to_exit)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(Unknown):
+        memmon.MemoryReader(make_log('memmon'), request)()
+    thread.join()
+    assert time.monotonic() - start < 5
+    assert capfd.readouterr().err == ''
+
+
+def test_without_ps_proc_is_read_from_then_on(
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('PATH', '/nonexistent')
+    read_memory = memmon.MemoryReader(make_log('memmon'))
+    with monkeypatch.context() as without:
+        without.setattr(os.path, 'exists', lambda path: False)
+        with pytest.raises(Unknown, match=r'ps -A .*: No such file'):
+            read_memory()
+    assert os.getpid() in read_memory()
+    assert os.getpid() in read_memory()
+    assert capfd.readouterr().err.count('No such file or directory; reading memory from /proc from now on') == 1
+    monkeypatch.setattr(os, 'listdir', lambda path: [])
+    with pytest.raises(Unknown, match='/proc has no processes'):
+        read_memory()
+
+
+# A family of processes: pid to (parent pid, bytes), and what each uses with its descendants.
+FAMILIES = [
+    ('alone', {5: (1, 7)}, {5: 7}),
+    ('tree', {1: (0, 1), 2: (1, 10), 3: (1, 100), 4: (2, 1000), 5: (4, 10000)},
+     {1: 11111, 2: 11010, 3: 100, 4: 11000, 5: 10000}),
+    ('parents after children', {9: (8, 1), 8: (7, 10), 7: (0, 100)}, {9: 1, 8: 11, 7: 111}),
+    ('pid 0 is its own parent', {0: (0, 1), 1: (0, 10), 2: (1, 100)}, {0: 111, 1: 110, 2: 100}),
+    ('circle', {1: (2, 1), 2: (1, 10), 3: (0, 100)}, {1: 1, 2: 10, 3: 100}),
+    ('circle with a child', {1: (2, 1), 2: (1, 10), 3: (1, 100)}, {1: 101, 2: 10, 3: 100}),
+    ('missing parent', {4: (3, 1), 5: (4, 10), 6: (3, 100)}, {4: 11, 5: 10, 6: 100}),
+    ('none', {}, {}),
+    ('a long chain', {n: (n - 1, 1) for n in range(1, 5001)}, {n: 5001 - n for n in range(1, 5001)}),
+]
+
+
+@pytest.mark.parametrize(('family', 'totals'), [case[1:] for case in FAMILIES], ids=[case[0] for case in FAMILIES])
+def test_memory_with_descendants(family: dict[int, tuple[int, int]], totals: dict[int, int]) -> None:
+    memory = {pid: ProcessMemory(*numbers) for pid, numbers in family.items()}
+    assert memmon.sum_descendants(memory) == totals
+    assert memmon.measure(memory, cumulative=True) == totals
+    assert memmon.measure(memory, cumulative=False) == {pid: numbers[1] for pid, numbers in family.items()}
+
+
+@given(st.lists(st.integers(0, 30), max_size=30))
+def test_memory_with_descendants_of_any_tree(parents: list[int]) -> None:
+    """Each process' parent has a smaller pid, so that there is no circle."""
+    memory = {pid: ProcessMemory(parent % pid, 2 ** pid) for pid, parent in enumerate(parents, 1)}
+    expected = {pid: 0 for pid in memory}
+    for pid, process in memory.items():
+        ancestor = pid
+        while ancestor:
+            expected[ancestor] += process.rss_bytes
+            ancestor = memory[ancestor].parent_pid
+    assert memmon.sum_descendants(memory) == expected
+
+
+# Decide.
+
+# Groups `bar` and `foo` both have a process `foo`; `pool` has numprocs=2; `x` is a process in group `y`.
+PROCESSES = [make_process(name) for name in (
+    'bar:foo', 'bar:db', 'foo:foo', 'pool:pool_0', 'pool:pool_1', 'y:x', 'x:other')]
+
+
+@pytest.mark.parametrize(('argv', 'namespec', 'limit_bytes'), [
+    (['-a', '1'], 'bar:foo', 1),
+    (['-a', '1', '-a', '2'], 'bar:foo', 2),
+    (['-g', 'bar=3', '-a', '1'], 'bar:foo', 3),
+    (['-p', 'bar:*=4', '-a', '1'], 'bar:foo', 4),
+    (['-g', 'bar=3', '-g', 'bar=5', '-a', '9'], 'bar:foo', 5),
+    (['-g', 'bar=3', '-p', 'bar:*=4'], 'bar:foo', 3),           # groups come after programs
+    (['-p', 'foo=6', '-g', 'bar=3', '-a', '1'], 'bar:foo', 6),
+    (['-p', 'foo=6', '-p', 'bar:*=4'], 'bar:foo', 6),
+    (['-p', 'foo=6', '-p', 'foo=7'], 'bar:foo', 7),
+    (['-p', 'bar:foo=8', '-p', 'foo=6', '-g', 'bar=3', '-a', '1'], 'bar:foo', 8),
+    (['-p', 'bar:foo=8', '-p', 'bar:foo=0', '-p', 'foo=6'], 'bar:foo', 0),
+    (['-p', 'foo=999', '-p', 'bar:foo=8'], 'bar:foo', 8),
+    (['-p', 'foo:bar=1', '-g', 'foo=1', '-p', 'foo:*=1', '-p', 'foo:foo=1'], 'bar:foo', None),
+    (['-p', 'Foo=1', '-p', 'fo=1', '-g', 'ba=1'], 'bar:foo', None),
+    # A name that only a group has.
+    (['-p', 'pool=1'], 'pool:pool_1', 1),
+    (['-p', 'pool=1', '-a', '2'], 'pool:pool_1', 1),
+    (['-p', 'pool=1', '-p', 'pool=2'], 'pool:pool_1', 2),
+    (['-p', 'pool=1', '-p', 'pool_1=2'], 'pool:pool_1', 2),
+    (['-p', 'pool_1=2', '-p', 'pool=1'], 'pool:pool_1', 2),
+    (['-p', 'pool:pool_1=2', '-p', 'pool=1'], 'pool:pool_1', 2),
+    (['-p', 'pool=1', '-g', 'pool=2'], 'pool:pool_1', 2),
+    (['-p', 'pool:*=2', '-p', 'pool=1'], 'pool:pool_1', 2),     # the explicit one, though it is not the last
+    (['-p', 'bar=1'], 'bar:foo', 1),
+    (['-p', 'bar=1', '-p', 'foo=2'], 'bar:foo', 2),
+    (['-p', 'x=1'], 'y:x', 1),
+    (['-p', 'x=1'], 'x:other', None),                           # a process has that name
+])
+def test_the_most_specific_limit_applies(argv: list[str], namespec: str, limit_bytes: int | None) -> None:
+    limits = memmon.resolve_limits(build(*argv).limits, PROCESSES)
+    group, _, program = namespec.partition(':')
+    assert memmon.find_limit(limits, group, program) == limit_bytes
+
+
+@pytest.mark.parametrize(('process', 'used_bytes', 'limit_bytes', 'verdict'), [
+    (make_process(), 2, 1, memmon.OVER),
+    (make_process(), 1, 1, 'ok'),
+    (make_process(), 2, None, 'not watched'),
+    (make_process(), None, 1, 'its memory cannot be read'),
+    (make_process(state=State.STOPPING), 2, 1, 'over its limit: left alone (STOPPING)'),
+    (make_process(state=State.STOPPING), 1, 1, 'ok'),
+    (make_process(pid=0, state=State.EXITED), None, 1, 'not running (EXITED)'),
+])
+def test_verdict(process: Process, used_bytes: int | None, limit_bytes: int | None, verdict: str) -> None:
+    assert memmon.decide(process, used_bytes, limit_bytes) == verdict
+
+
+@pytest.mark.parametrize(('used', 'limit', 'text'), [
+    (5 * MB, None, '5.0MB, no limit'),
+    (5 * MB, 4 * MB, '5.0MB, over its limit of 4.0MB'),
+    (5 * MB, 5 * MB, '5.0MB, within its limit of 5.0MB'),
+    (5 * MB, 6 * MB, '5.0MB, within its limit of 6.0MB'),
+])
+def test_memory_in_words(used: int, limit: int | None, text: str) -> None:
+    assert memmon.describe(used, limit) == text
+
+
+# Act and report, with doubles for supervisord, ps and the mail.
+
+class Doubles:
+    """A supervisord with some processes, the memory that ps would report, and what a listener did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.processes = [make_process(f'{name}:{name}', pid) for pid, name in enumerate(('web', 'db', 'own'), 5)]
+        self.used_bytes = {5: 2 * KB, 6: 2 * KB, 7: 2 * KB}
+        self.lists = 0
+        self.error: Exception | None = None
+        self.restarted: list[str] = []
+        self.mails: list[tuple[str, str]] = []
+        self.request = ExitRequest()
+        self.exit_after = 99
+        self._monkeypatch = monkeypatch
+
+    def make(self, *argv: str) -> memmon.Memmon:
+        listener = memmon.Memmon(build(*argv), {'SUPERVISOR_GROUP_NAME': 'own'}, self.request)
+        for attribute, double in (('_supervisor', self), ('_read_memory', self._read_memory), ('_outbox', self)):
+            self._monkeypatch.setattr(listener, attribute, double)
+        self._monkeypatch.setattr(listener._restarter, 'restart', self._restart)
+        self._monkeypatch.setattr(listener._start_check, 'run_again', lambda: None)
+        return listener
+
+    def get_processes(self) -> list[Process]:
+        self.lists += 1
+        if self.error:
+            raise self.error
+        return self.processes
+
+    def get_processes_in_helper(self, seconds: float, interrupt: ExitRequest) -> list[Process]:
+        assert interrupt is self.request
+        return self.get_processes()
+
+    def _read_memory(self) -> dict[int, ProcessMemory]:
+        return {pid: ProcessMemory(1, used_bytes) for pid, used_bytes in self.used_bytes.items()}
+
+    def _restart(self, process: Process) -> None:
+        self.restarted.append(process.program)
+        self.request.requested = len(self.restarted) >= self.exit_after
+
+    def put(self, subject: str, body: str, server: str) -> None:
+        self.mails.append((subject, body))
+
+
+@pytest.fixture
+def doubles(monkeypatch: pytest.MonkeyPatch) -> Doubles:
+    return Doubles(monkeypatch)
+
+
+@pytest.mark.parametrize(('argv', 'restarted'), [
+    (['-a', '1KB'], ['web', 'db']),
+    (['-a', '2KB'], []),
+    (['-a', '2047'], ['web', 'db']),
+    (['-g', 'db=1KB'], ['db']),
+    (['-p', 'own=1KB'], []),
+])
+def test_processes_over_their_limit_are_restarted_but_not_the_own_pool(
+        doubles: Doubles, argv: list[str], restarted: list[str]) -> None:
+    doubles.make(*argv).handle(TICK)
+    assert doubles.restarted == restarted
+
+
+def test_no_restart_begins_after_a_signal(doubles: Doubles) -> None:
+    doubles.exit_after = 1
+    doubles.make('-a', '1KB').handle(TICK)
+    assert doubles.restarted == ['web']
+
+
+def test_events_other_than_ticks_are_ignored(doubles: Doubles) -> None:
+    doubles.make('-a', '1KB').handle(Event('PROCESS_STATE_EXITED', '', '', 0.0))
+    assert doubles.lists == 0
+
+
+@pytest.mark.parametrize('error', [Unknown('no answer'), Refused('SHUTDOWN_STATE', 'SHUTDOWN_STATE')])
+@pytest.mark.parametrize('requested', [False, True])
+def test_process_list_that_cannot_be_read_is_logged_unless_the_listener_exits(
+        doubles: Doubles, error: Exception, requested: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    doubles.error = error
+    doubles.request.requested = requested
+    doubles.make('-a', '1KB').handle(TICK)
+    assert doubles.restarted == []
+    assert capfd.readouterr().err.count(f'memmon: unable to check memory: {error}\n') == (not requested)
+
+
+def test_samples_are_counted_in_a_row_per_process_and_pid(doubles: Doubles) -> None:
+    listener = doubles.make('-a', '1KB', '--samples=2')
+    restarted = []
+    for web, db in [(2, 2), (2, 1), (1, 2), (2, 2), (2, 1)]:
+        doubles.used_bytes.update({5: web * KB, 6: db * KB})
+        listener.handle(TICK)
+        restarted.append(list(doubles.restarted))
+    assert restarted == [[], ['web'], ['web'], ['web', 'db'], ['web', 'db', 'web']]
+    doubles.used_bytes[5] = 2 * KB
+    listener.handle(TICK)
+    doubles.processes[0] = make_process('web:web', 8)   # a new process has a count of its own
+    doubles.used_bytes = {8: 2 * KB}
+    listener.handle(TICK)
+    assert doubles.restarted == ['web', 'db', 'web']
+
+
+def test_verbose_logs_every_process_also_of_the_own_pool(
+        doubles: Doubles, capfd: pytest.CaptureFixture[str]) -> None:
+    doubles.processes += [make_process('shop:off', 0, State.STOPPED), make_process('shop:gone', 2 ** 30)]
+    doubles.make('-p', 'web=4KB', '-v').handle(TICK)
+    lines = [line.partition('memmon: ')[2] for line in capfd.readouterr().err.splitlines()]
+    assert lines == ['web (pid 5: 2.0KB, within its limit of 4.0KB)', 'db (pid 6: 2.0KB, no limit)',
+                     'own (pid 7: 2.0KB, no limit)']
+
+
+def test_supervisord_is_asked_once_about_a_process_over_the_smallest_limit(doubles: Doubles) -> None:
+    listener = doubles.make('-p', 'db=1KB', '-p', 'web=3KB', '-g', 'none=1')
+    doubles.used_bytes = {5: 2 * KB, 99: 5 * KB, 6: 1}
+    for _ in range(3):
+        listener.handle(TICK)
+    assert (doubles.lists, doubles.restarted) == (1, [])
+    doubles.used_bytes[98] = 5 * KB         # another process
+    listener.handle(TICK)
+    assert (doubles.lists, doubles.restarted) == (2, [])
+    doubles.used_bytes[5] = 4 * KB          # beyond its own limit
+    listener.handle(TICK)
+    assert (doubles.lists, doubles.restarted) == (3, ['web'])
+
+
+def test_supervisord_is_asked_again_about_a_pid_with_another_parent_and_after_an_hour(doubles: Doubles) -> None:
+    listener = doubles.make('-a', '1KB')
+    listener._known = {(5, 1): None}
+    used = {5: 2 * KB}
+    assert not listener._may_be_over({5: ProcessMemory(1, 2 * KB)}, used)
+    assert listener._may_be_over({5: ProcessMemory(2, 2 * KB)}, used)
+    listener._known_since -= memmon.FORGET_SECONDS + 1
+    assert listener._may_be_over({5: ProcessMemory(1, 2 * KB)}, used)
+
+
+def test_pid_0_of_ps_is_not_a_stopped_process(doubles: Doubles) -> None:
+    """A stopped process has pid 0, and so has the kernel on a BSD."""
+    doubles.processes = [make_process(pid=0, state=State.STOPPED)]
+    doubles.used_bytes = {0: GB}
+    doubles.make('-a', '1KB').handle(TICK)
+    assert doubles.restarted == []
+
+
+def test_memory_is_checked_again_when_supervisord_disappears_from_ps(
+        doubles: Doubles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a remount of /proc with hidepid."""
+    listener = doubles.make('-a', '1GB')
+    checks: list[bool] = []
+    monkeypatch.setattr(listener._start_check, 'check_memory_again', lambda: checks.append(True))
+    for visible, expected in [(False, 0), (True, 0), (False, 1), (False, 1), (True, 1), (False, 2)]:
+        doubles.used_bytes = {os.getppid(): KB} if visible else {}
+        listener.handle(TICK)
+        assert len(checks) == expected
+
+
+def report(doubles: Doubles, result: Result, *argv: str, uptime: int = 10) -> list[tuple[str, str]]:
+    listener = doubles.make('-a', '1KB', *argv)
+    process = make_process('shop:leaky', uptime=uptime)
+    listener._reasons['shop:leaky'] = 'pid 7: 2.0KB, over its limit of 1.0KB'
+    listener._report(Outcome(process, result, 'some outcome'))
+    return doubles.mails
+
+
+@pytest.mark.parametrize(('result', 'argv', 'subject'), [
+    (Result.RESTARTED, [], 'memmon: process shop:leaky restarted'),
+    (Result.RESTARTED, ['-n', 'db1'], 'memmon [db1]: process shop:leaky restarted'),
+    (Result.RESTARTED, ['-n', ''], 'memmon: process shop:leaky restarted'),
+    (Result.STOP_FAILED, [], 'memmon: failed to stop process shop:leaky'),
+    (Result.START_FAILED, [], 'memmon: failed to start process shop:leaky'),
+    (Result.LEFT_ALONE, [], None),
+])
+def test_log_and_mail_of_an_outcome(doubles: Doubles, result: Result, argv: list[str], subject: str | None,
+                                    capfd: pytest.CaptureFixture[str]) -> None:
+    line = 'some outcome (pid 7: 2.0KB, over its limit of 1.0KB)'
+    body = f'{line}\n\nProgram: leaky\nGroup: shop\nUptime: 10s\n'
+    assert report(doubles, result, *argv) == ([(subject, body)] if subject else [])
+    assert capfd.readouterr().err.endswith(f' memmon: {line}\n')
+
+
+@pytest.mark.parametrize(('uptime', 'mails'), [(59, 1), (60, 1), (61, 0)])
+@pytest.mark.parametrize(('result', 'is_limited'), [
+    (Result.RESTARTED, True), (Result.DRY_RUN, True), (Result.STOP_FAILED, False), (Result.LIMIT_REACHED, False)])
+def test_mail_of_a_restart_only_up_to_an_uptime(
+        doubles: Doubles, uptime: int, mails: int, result: Result, is_limited: bool) -> None:
+    assert len(report(doubles, result, '-u', '60', uptime=uptime)) == (mails if is_limited else 1)
+
+
+# From the command line.
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: Sequence[Sequence[str]] = [('name', 'size', 'what'), ('a', '200MB', ''), ('group:program', '1', 'too much')]
+    memmon.print_table(rows)
+    assert capsys.readouterr().out == (
+        'name           size   what\n'
+        'a              200MB\n'
+        'group:program  1      too much\n')
