@@ -1,41 +1,46 @@
 """Usage: crashmail [options]
 
-Mails when a process exits unexpectedly. It runs as an event listener of
-supervisor, subscribed to the EXITED event, and to FATAL to be told too when
+Sends mail when a process exits unexpectedly. crashmail is an event listener of
+supervisor. With PROCESS_STATE_FATAL among its events, it also reports that
 supervisord has given up starting a process:
 
     [eventlistener:crashmail]
     command=crashmail -m bob@example.com
     events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
-    buffer_size=1000
+    buffer_size=100
 
-What to mail about; neither is the same as -a:
-  -p, --program=NAME          NAME (program, group:program or group:*); may be
-                              repeated
-  -a, --any                   every process of supervisord
+Processes to watch; without -p, all of them:
+  -p, --program=NAME          watch NAME: program, group, group:program or
+                              group:*; repeatable
+  -a, --any                   watch every process of supervisord
 
 Mail:
-  -m, --email=ADDR            to whom; may be repeated or hold several with
-                              commas; without it there is the log only
-  -o, --optionalheader=TEXT   the subject begins with "TEXT: "
-      --tail=N                the last N lines of the process' stdout and
-                              stderr logs in the mail
-      --interval=TIME         the first crash is mailed at once, those of the
-                              next TIME go together in one mail: seconds, or a
+  -m, --email=ADDR            recipients, comma-separated; repeatable; default:
+                              crashes are only logged
+  -o, --optionalheader=TEXT   begin the subject with "TEXT: "
+      --tail=N                include the last N lines of the process' stdout
+                              and stderr logs
+      --interval=TIME         send the first crash at once, and those of the
+                              next TIME in one mail; TIME is seconds, or a
                               number with s, m, h or d
-  -s, --sendmail_program=CMD  the command that sends a mail
-                              (default: /usr/sbin/sendmail -t -i)
-      --smtp=URL              send by smtp://[user[:password]@]host[:port] or
-                              smtps://... instead; the password may also be in
-                              SUPERLANCE_SMTP_PASSWORD
-      --from=ADDR             the sender
+  -s, --sendmail_program=CMD  shell command that reads the message (default:
+                              /usr/sbin/sendmail -t -i); also run without -m
+      --smtp=URL              send through smtp://[user[:password]@]host[:port]
+                              or smtps://...; the password may be in the
+                              environment variable SUPERLANCE_SMTP_PASSWORD
+      --webhook=URL           also send each notice to a chat room's webhook,
+                              as JSON; the URL may be in SUPERLANCE_WEBHOOK
+      --from=ADDR             sender address
 
-By hand:
-      --once                  send a test mail to -m, and print what the mail
-                              command or the server said; exit status 0 if it
-                              was taken, else 1
-      --configuration=FILE    for --once: the supervisord.conf to find
-                              supervisord by
+Containers:
+      --shutdown              after reporting a crash of a watched process,
+                              shut supervisord down; it exits with status 0
+
+Diagnostics:
+      --once                  run the checks that are made at start, send a
+                              test notice and print the result; the exit status
+                              is 0 if all is well, else 1
+      --configuration=FILE    for --once: the supervisord.conf to use
   -h, --help                  print this text
       --version               print the version
 """
@@ -44,41 +49,42 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
 
-from superlance import mail
-from superlance.listener import Event, listen, make_log, parse_tokens, timestamp, uninterrupted
+from superlance import __version__, mail
+from superlance.listener import Event, ExitRequest, Log, exit_request, listen, make_log, parse_tokens, timestamp
 from superlance.options import (
     COMMON_OPTIONS,
+    EVERY,
     Given,
+    Name,
     Option,
     UsageError,
+    count,
+    format_duration,
+    join_names,
     parse_count,
-    parse_text,
+    parse_name,
     parse_timeout,
     run_script,
-    without_password,
 )
-from superlance.processes import (
-    EVERY,
-    CantTell,
-    Name,
-    NameCheck,
-    Refused,
-    Supervisor,
-    find_supervisor,
-    make_process,
-    parse_name,
-)
+from superlance.outbox import Outbox
+from superlance.rpc import Refused, Supervisor, Unknown, find_supervisor
+from superlance.startcheck import StartCheck, Wants, check_once
+
+if TYPE_CHECKING:
+    from superlance.crashlog import Investigator
 
 EXITED = 'PROCESS_STATE_EXITED'
 FATAL = 'PROCESS_STATE_FATAL'
 
-TAIL_BYTES = 64 * 1024
-TAIL_TIMEOUT_SECONDS = 2
-TAIL_PAUSE_SECONDS = 60
-# Of so many crashes in one mail the last words are kept; beyond, there is a line for each.
-TAILS_IN_MAIL = 50
+# So many different logs in one mail; the other crashes have their line only.
+LOGS_IN_MAIL = 50
+NAMES_IN_SUBJECT = 10
+SHUTDOWN_CALL_SECONDS = 5
+SHUTDOWN_FIRST_RETRY_SECONDS = 1.0
+SHUTDOWN_LAST_RETRY_SECONDS = 60.0
 
 
 # Options.
@@ -86,68 +92,101 @@ TAILS_IN_MAIL = 50
 OPTIONS = (
     Option('p', 'program', parse_name),
     Option('a', 'any'),
-    Option('o', 'optionalheader', parse_text),
+    Option('o', 'optionalheader', str),
     Option('', 'tail', parse_count),
     Option('', 'interval', parse_timeout),
-) + mail.OPTIONS + COMMON_OPTIONS
+    Option('', 'shutdown'),
+    *mail.OPTIONS,
+    *COMMON_OPTIONS,
+)
 
 
 class Options(NamedTuple):
-    names: tuple[Name, ...]     # whom to watch
+    names: tuple[Name, ...]     # the processes to watch
     prefix: str
     tail_lines: int | None
     interval_seconds: float | None
+    shutdown: bool
     mail: mail.Settings
     once: bool
     configuration: str | None
+    warnings: tuple[str, ...]
 
 
 def build_options(given: Given, arguments: list[str]) -> Options:
-    """Return the Options for what was given. Raises UsageError."""
-    if arguments:
-        raise UsageError(f'unexpected argument {without_password(arguments[0])!r}; crashmail takes options only')
-    if 'once' in given and 'email' not in given:
-        raise UsageError('option --once: it sends a test mail; say to whom with -m')
+    """Return the Options for a command line. Raises UsageError."""
+    settings = mail.read_settings(given, without_recipients=True)
+    if 'once' in given and not settings.sends_anything:
+        raise UsageError('option --once: it sends a test notice; name a recipient with -m, or a webhook with --webhook')
+    given.ignore_arguments('crashmail', arguments)
     prefix = given.last('optionalheader')
+    if prefix == '':
+        given.ignore_empty('-o')
     names = tuple(given.all('program'))
     return Options(
         names=(EVERY,) if 'any' in given or not names else names,
         prefix=prefix + ': ' if prefix else '',
         tail_lines=given.last('tail'),
         interval_seconds=given.last('interval'),
-        mail=mail.read_settings(given),
+        shutdown='shutdown' in given,
+        mail=settings,
         once='once' in given,
-        configuration=given.last('configuration'))
+        configuration=given.last('configuration'),
+        warnings=tuple(given.warnings))
 
 
-# Judge.
+def describe(options: Options) -> str:
+    """Return what a crashmail with these options does, in one line."""
+    names = 'every process' if options.names == (EVERY,) else ', '.join(map(str, options.names))
+    what = f'reports crashes of {names}'
+    if options.tail_lines:
+        what += f' with the last {count(options.tail_lines, "log line")}'
+    if options.interval_seconds:
+        what += f', at most one mail per {format_duration(options.interval_seconds)}'
+    if options.shutdown:
+        what += ', then shuts supervisord down'
+    return f'crashmail {__version__}: {what}; {mail.describe(options.mail)}'
+
+
+def make_wants(options: Options) -> Wants:
+    """Return what is to be checked at start."""
+    return Wants(names=options.names, tail=bool(options.tail_lines), warnings=options.warnings,
+                 find_mail_problem=lambda: mail.find_command_problem(options.mail))
+
+
+# Decide.
 
 class Crash(NamedTuple):
-    """A process that ended and should not have."""
+    """A process that has exited unexpectedly, or that supervisord has given up starting."""
 
     group: str
     program: str
-    pid: str            # '' where supervisord gave up starting it
-    from_state: str
+    pid: str            # '' if supervisord has given up starting it
     when: float         # epoch seconds
+    reason: str = ''    # '' if it is not known
+
+    @property
+    def title(self) -> str:
+        """The name that supervisorctl shows to people."""
+        return self.program if self.group == self.program else f'{self.group}:{self.program}'
 
     @property
     def subject(self) -> str:
         if self.pid:
             return f'{self.program} crashed at {timestamp(self.when)}'
-        return f'{self.program} is FATAL, supervisord has given up starting it, at {timestamp(self.when)}'
+        return f'{self.program} is FATAL: supervisord gave up starting it at {timestamp(self.when)}'
 
     @property
     def text(self) -> str:
-        if self.pid:
-            return (f'program {self.program} of group {self.group} (pid {self.pid}) was {self.from_state} and exited unexpectedly')
-        return (f'supervisord has given up starting program {self.program} of group {self.group}, which was {self.from_state} and is FATAL now')
+        what = (f'{self.title} (pid {self.pid}) exited unexpectedly' if self.pid
+                else f'{self.title} is FATAL: supervisord gave up starting it')
+        return f'{what}: {self.reason}' if self.reason else what
 
 
 def find_crash(event: Event) -> Crash | None:
-    """Return the Crash that an event tells of, None if it tells of none.
+    """Return the Crash that an event reports, None if it reports none.
 
-    Raises ValueError for an event of which that can't be said.
+    Raises ValueError if the event can't be parsed.
     """
     if event.name not in (EXITED, FATAL):
         return None
@@ -155,169 +194,68 @@ def find_crash(event: Event) -> Crash | None:
     if event.name == EXITED and tokens.get('expected') == '1':
         return None
     if 'processname' not in tokens or (event.name == EXITED and tokens.get('expected') != '0'):
-        raise ValueError(f'unable to read a {event.name} event: {event.payload[:200]!r}')
+        raise ValueError(f'cannot parse a {event.name} event: {event.payload[:200]!r}')
     program = tokens['processname']
     pid = (tokens.get('pid') or 'unknown') if event.name == EXITED else ''
-    return Crash(tokens.get('groupname', program), program, pid, tokens.get('from_state', 'unknown'),
-                 event.received)
+    return Crash(tokens.get('groupname', program), program, pid, event.received)
 
 
-# The last words of a process.
-
-class LastWords:
-    """Reads the last lines that a process wrote to its logs.
-
-    supervisord starts a process anew in the moment that it tells of the crash, so the
-    log has to be read before the new one writes to it. That is why supervisord is asked
-    for the names of the logs beforehand, and for the text only where a file can't be read.
-    What was there at a crash before belongs to an earlier process.
-    """
-
-    def __init__(self, supervisor: Supervisor, lines: int) -> None:
-        self._supervisor = supervisor
-        self._lines = lines
-        self._paths: dict[str, dict[str, str]] = {}     # by namespec and channel; '' for no log
-        # The inode and size that each log had when its process crashed last.
-        self._ends: dict[str, tuple[int, int]] = {}
-        self._ask_after = 0.0
-        try:
-            for info in supervisor.call('getAllProcessInfo'):
-                self._add_paths(info)
-        except (CantTell, Refused):
-            pass  # a crash will tell
-
-    def fetch(self, crash: Crash) -> str:
-        """Return the lines, or why there are none; takes a few seconds at most."""
-        namespec = f'{crash.group}:{crash.program}'
-        parts, trouble = self._read_both(namespec)
-        try:
-            known = self._paths.get(namespec)
-            info = self._ask('getProcessInfo', namespec)
-            self._add_paths(info)
-            if known != self._paths[namespec]:
-                parts, trouble = self._read_both(namespec)  # `supervisorctl update` has changed its logs
-            current = make_process(info)
-            if parts and current.pid and str(current.pid) != crash.pid:
-                parts.append('\nIt has been started again since (pid %d); a line at the very end may be of that one.'
-                             % current.pid)
-        except (CantTell, Refused) as why:
-            trouble = trouble or str(why)
-        if trouble:
-            parts.append(f'\nsupervisord can not be asked for more of its log: {trouble}')
-        return '\n'.join(parts) or '\nIt has written nothing to a log.'
-
-    def _read_both(self, namespec: str) -> tuple[list[str], str]:
-        """Return what is told of each log, and why it could not be read or ''."""
-        parts = []
-        trouble = ''
-        for channel in ('stdout', 'stderr'):
-            try:
-                text = self._read(namespec, channel)
-            except (CantTell, Refused) as why:
-                trouble = trouble or str(why)
-                continue
-            if text:
-                lines = text.rstrip('\n').split('\n')[-self._lines:]
-                parts.append('\nThe last lines of its {} log:\n{}'.format(
-                    channel, '\n'.join('  ' + line for line in lines)))
-        return parts, trouble
-
-    def _read(self, namespec: str, channel: str) -> str:
-        """Return the end of a log, '' if there is none. Raises CantTell and Refused."""
-        if namespec not in self._paths:
-            self._add_paths(self._ask('getProcessInfo', namespec))
-        path = self._paths[namespec][channel]
-        if not path:
-            return ''
-        try:
-            # Not a terminal or a pipe, as /dev/stdout is, nor relative to a directory that only supervisord knows.
-            if os.path.isabs(path) and os.path.isfile(path):
-                with open(path, 'rb') as file:
-                    status = os.fstat(file.fileno())
-                    start, end = self._pass_on(path, status.st_ino, status.st_size)
-                    file.seek(start)
-                    return file.read(end - start).decode('utf-8', 'replace')
-        except OSError:
-            pass  # it may be another user's, and supervisord can read it
-        return self._ask_for_end(namespec, channel, path)
-
-    def _ask_for_end(self, namespec: str, channel: str, path: str) -> str:
-        """Return the end of a log that supervisord has to read. Raises CantTell and Refused."""
-        size = self._ask(f'tailProcess{channel.capitalize()}Log', namespec, 0, 0)[1]
-        start, end = self._pass_on(path, 0, size)
-        first = start
-        while first < end:
-            try:
-                return str(self._ask(f'readProcess{channel.capitalize()}Log', namespec, first, end - first))
-            except CantTell:
-                # It can't send a text that begins within a character, which has 4 bytes at most.
-                first += 1
-                if first in (start + 4, end):
-                    raise
-        return ''
-
-    def _pass_on(self, path: str, inode: int, size: int) -> tuple[int, int]:
-        """Return where to read a log from, and to; what was there before is an earlier process'."""
-        inode_before, start = self._ends.get(path, (inode, 0))
-        if inode != inode_before or start > size:
-            start = 0  # the log was rotated
-        self._ends[path] = inode, size
-        return max(start, size - TAIL_BYTES), size
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        """Ask supervisord, unless it let a call wait a short while ago: events are waiting."""
-        started = time.monotonic()
-        if started < self._ask_after:
-            raise CantTell('supervisord did not answer a short while ago')
-        try:
-            return self._supervisor.call(method, *arguments)
-        except CantTell:
-            if time.monotonic() > started + TAIL_TIMEOUT_SECONDS / 2:
-                self._ask_after = time.monotonic() + TAIL_PAUSE_SECONDS
-            raise
-
-    def _add_paths(self, info: Mapping[str, Any]) -> None:
-        self._paths[make_process(info).namespec] = {
-            channel: info.get(f'{channel}_logfile', '') for channel in ('stdout', 'stderr')}
+def is_watched(crash: Crash, names: Sequence[Name]) -> bool:
+    """Return whether one of the names matches a crash; a bare name also matches a group."""
+    return any(name.matches(crash.group, crash.program) or (name.group is None and name.program == crash.group)
+               for name in names)
 
 
-# Tell.
+# Report.
 
 class Report(NamedTuple):
-    """A crash and what is told of it."""
+    """A crash, and the last log lines of the process or why there are none."""
 
     crash: Crash
-    last_words: str
+    logs: str = ''
 
 
-def compose(reports: Sequence[Report]) -> tuple[str, str]:
-    """Return the subject and body of the mail for one or several crashes."""
-    subject = reports[0].crash.subject
-    if len(reports) > 1:
-        programs = sorted({report.crash.program for report in reports})
-        subject = '%d crashes by %s: %s' % (len(reports), timestamp(reports[-1].crash.when), ', '.join(programs[:10]))
-        if len(programs) > 10:
-            subject += ' and %d more' % (len(programs) - 10)
-    return subject, '\n'.join(f'{timestamp(report.crash.when)}: {report.crash.text}.\n{report.last_words}'
-                              for report in reports)
+def compose(reports: Sequence[Report], omitted: int = 0) -> tuple[str, str]:
+    """Return the subject and body of the mail for one or several crashes; omitted is the number of missing logs."""
+    lines = [f'{timestamp(report.crash.when)}: {report.crash.text}' for report in reports]
+    if len(reports) == 1:
+        return reports[0].crash.subject, '\n'.join([*lines, '', reports[0].logs])
+    titles = sorted({report.crash.title for report in reports})
+    since = timestamp(reports[0].crash.when)[11:19]
+    subject = f'{len(reports)} crashes since {since}: {", ".join(titles[:NAMES_IN_SUBJECT])}'
+    if len(titles) > NAMES_IN_SUBJECT:
+        subject += f' and {len(titles) - NAMES_IN_SUBJECT} more'
+    same_logs: dict[str, list[str]] = {}
+    for report in reports:
+        if report.logs:
+            same_logs.setdefault(report.logs, []).append(report.crash.title)
+    for logs, owners in same_logs.items():
+        lines += ['', join_names(sorted(set(owners))) + ':', logs]
+        if len(owners) > 1:
+            lines.append(f'(the same log {count(len(owners) - 1, "more time")})')
+    if omitted:
+        lines += ['', f'Not included: the logs of {count(omitted, "more crash", "more crashes")}.']
+    return subject, '\n'.join(lines)
 
 
 class Digest:
     """Sends the first report at once, and those of the next interval together."""
 
-    def __init__(self, interval_seconds: float, send: Callable[[Sequence[Report]], None]) -> None:
+    def __init__(self, interval_seconds: float, send: Callable[[Sequence[Report], int], None]) -> None:
         self._interval_seconds = interval_seconds
         self._send = send
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._held: list[Report] = []
+        self._logs: dict[str, str] = {}     # the different ones of those held
+        self._omitted = 0
 
     def add(self, report: Report) -> None:
         with self._lock:
             if self._timer:
-                self._held.append(report if len(self._held) < TAILS_IN_MAIL else report._replace(last_words=''))
+                self._hold(report)
             else:
-                self._send([report])
+                self._send([report], 0)
                 self._wait()
 
     def close(self) -> None:
@@ -326,13 +264,21 @@ class Digest:
                 self._timer.cancel()
             self._send_held()
 
+    def _hold(self, report: Report) -> None:
+        if report.logs in self._logs or len(self._logs) < LOGS_IN_MAIL:
+            report = report._replace(logs=self._logs.setdefault(report.logs, report.logs))
+        else:
+            report = report._replace(logs='')
+            self._omitted += 1
+        self._held.append(report)
+
     def _wait(self) -> None:
         timer = threading.Timer(self._interval_seconds, self._end_interval)
         timer.daemon = True
         try:
             timer.start()
         except RuntimeError:
-            self._timer = None  # there is no thread to be had: the next crash is mailed at once
+            self._timer = None  # no thread could be started: the next crash is sent at once
         else:
             self._timer = timer
 
@@ -346,90 +292,165 @@ class Digest:
 
     def _send_held(self) -> None:
         if self._held:
-            self._send(self._held)
-            self._held = []
+            self._send(self._held, self._omitted)
+            self._held, self._logs, self._omitted = [], {}, 0
 
+
+class Shutdown:
+    """Asks supervisord to shut down, until it accepts that: there may be no further event to retry at."""
+
+    def __init__(self, supervisor: Supervisor, log: Log) -> None:
+        self._supervisor = supervisor
+        self._log = log
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._retry_seconds = SHUTDOWN_FIRST_RETRY_SECONDS
+        self._failure = ''
+        self._is_closed = False
+        self.accepted = False
+
+    def request(self) -> None:
+        """Ask now, unless this is already being retried."""
+        with self._lock:
+            if not (self.accepted or self._timer):
+                self._ask()
+
+    def close(self) -> None:
+        """Give up: the listener exits."""
+        with self._lock:
+            self._is_closed = True
+            if self._timer:
+                self._timer.cancel()
+
+    def _retry(self) -> None:
+        with self._lock:
+            self._timer = None
+            if not self._is_closed:
+                self._ask()
+
+    def _ask(self) -> None:
+        try:
+            self._supervisor.call('shutdown')
+        except (Unknown, Refused) as why:
+            if isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE':
+                self.accepted = True
+                self._log('supervisord is already shutting down')
+                return
+            if str(why) != self._failure:
+                self._failure = str(why)
+                self._log(f'cannot shut down supervisord, will retry: {why}')
+            self._wait()
+        else:
+            self.accepted = True
+            self._log('asked supervisord to shut down')
+
+    def _wait(self) -> None:
+        timer = threading.Timer(self._retry_seconds, self._retry)
+        timer.daemon = True
+        self._retry_seconds = min(2 * self._retry_seconds, SHUTDOWN_LAST_RETRY_SECONDS)
+        try:
+            timer.start()
+        except RuntimeError:
+            return  # no thread could be started: the next crash asks again
+        self._timer = timer
+
+
+# The listener.
 
 class Crashmail:
-    """The listener: logs every crash, and mails those of watched processes."""
+    """Logs every crash, and reports those of watched processes."""
 
-    def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
+    def __init__(self, options: Options, environment: Mapping[str, str], request: ExitRequest = exit_request) -> None:
         self._options = options
+        self._environment = environment
+        self._exit_request = request
         self._log = make_log('crashmail')
-        supervisor = Supervisor(environment, TAIL_TIMEOUT_SECONDS)
-        self._names = NameCheck(options.names, supervisor, self._log)
-        self._outbox = mail.Outbox(options.mail, 'crashmail', self._log)
-        self._last_words = LastWords(supervisor, options.tail_lines) if options.tail_lines else None
+        self._own_group = environment.get('SUPERVISOR_GROUP_NAME')
+        self._outbox = Outbox(options.mail, 'crashmail', self._log)
         self._digest = Digest(options.interval_seconds, self._send) if options.interval_seconds else None
+        self._shutdown = (Shutdown(Supervisor(environment, SHUTDOWN_CALL_SECONDS), self._log)
+                          if options.shutdown else None)
+        self._start_check = StartCheck('crashmail', make_wants(options), environment, self._log, request)
+        self._investigator: Investigator | None = None
         self._server = ''
 
+    def start(self) -> None:
+        """Log what this listener does, and what would keep it from doing that."""
+        self._log(describe(self._options))
+        self._start_check.run()
+        if self._options.tail_lines:
+            self._get_investigator().prepare(self._exit_request)
+
     def handle(self, event: Event) -> None:
-        # First, before a mail starts the outbox' thread: a child can't import what a thread is importing.
-        self._names.ask_and_tell()
         try:
             crash = find_crash(event)
         except ValueError as why:
             self._log(str(why))
-            return
+            crash = None
         if crash:
-            # The event is acknowledged before the listener ends, or it would come once more.
-            with uninterrupted(raising=False):
-                self._tell(crash, event.server)
-
-    def _tell(self, crash: Crash, server: str) -> None:
-        self._log(crash.text)
-        if not self._is_watched(crash):
-            return
-        self._server = server
-        report = Report(crash, self._last_words.fetch(crash) if self._last_words else '')
-        if self._digest:
-            self._digest.add(report)
-        else:
-            self._send([report])
+            self._server = event.server
+            self._handle(crash)
+        # The crash comes first: supervisord is restarting the process.
+        self._start_check.run_again()
 
     def finish(self) -> None:
+        if self._shutdown:
+            self._shutdown.close()
         if self._digest:
             self._digest.close()
         self._outbox.close()
 
-    def _is_watched(self, crash: Crash) -> bool:
-        return any(name.means(crash.group, crash.program) for name in self._options.names)
+    def _handle(self, crash: Crash) -> None:
+        watched = is_watched(crash, self._options.names) and not (self._shutdown and self._shutdown.accepted)
+        found = self._get_investigator().investigate(crash.group, crash.program, crash.pid, with_logs=watched)
+        report = Report(crash._replace(reason=found.reason), found.logs)
+        self._log(report.crash.text)
+        if not watched:
+            return
+        if self._digest:
+            self._digest.add(report)
+        else:
+            self._send([report], 0)
+        if self._shutdown and crash.group != self._own_group:
+            self._shutdown.request()
 
-    def _send(self, reports: Sequence[Report]) -> None:
-        subject, body = compose(reports)
+    def _get_investigator(self) -> Investigator:
+        if self._investigator is None:
+            from superlance.crashlog import Investigator
+
+            self._investigator = Investigator(self._environment, self._options.tail_lines, self._log)
+        return self._investigator
+
+    def _send(self, reports: Sequence[Report], omitted: int) -> None:
+        subject, body = compose(reports, omitted)
         self._outbox.put(self._options.prefix + subject, body, self._server)
 
 
-# One look by hand.
+# --once.
 
 def send_test(options: Options, environment: Mapping[str, str]) -> int:
-    """Send a test mail and print what became of it; return 0 if it was taken, else 1."""
+    """Print the problems that are found at start, send a test notice and print the result; return the exit status."""
+    supervisor = find_supervisor(options.configuration, environment)
+    print(describe(options))
+    problems = check_once('crashmail', make_wants(options), supervisor, environment)
+    for problem in problems:
+        print(problem.line)
     server = ''
-    if options.configuration or 'SUPERVISOR_SERVER_URL' in environment:
-        try:
-            server = find_supervisor(options.configuration, environment).call('getIdentification')
-        except (CantTell, Refused) as why:
-            print(f'note: {why}')
-    now = time.time()
-    subject = f'{options.prefix}crashmail test at {timestamp(now)}'
-    test = mail.Mail(subject, 'This is a test: crashmail --once was run by hand, and nothing has crashed.\n',
-                     server, now, 0.0)
-    deadline = time.monotonic() + mail.SEND_TIMEOUT_SECONDS
-    try:
-        said = mail.send(options.mail, mail.compose(options.mail, 'crashmail', test),
-                         lambda: deadline - time.monotonic())
-    except mail.SendFailed as why:
-        print(f'unable to send: {why}')
-        return 1
-    print('sent "{}" to {}{}'.format(subject, ', '.join(options.mail.recipients), ': ' + said if said else ''))
-    return 0
+    with suppress(Unknown, Refused):    # check_once has said why
+        server = supervisor.call('getIdentification')
+    lines, accepted = mail.send_test(
+        options.mail, 'crashmail', f'{options.prefix}crashmail test at {timestamp(time.time())}',
+        'This is a test from crashmail --once: nothing has crashed.', server)
+    for line in lines:
+        print(line)
+    return int(not accepted or any(problem.fatal for problem in problems))
 
 
 def run(options: Options) -> int:
     if options.once:
         return send_test(options, os.environ)
     crashmail = Crashmail(options, os.environ)
-    return listen('crashmail', crashmail.handle, crashmail.finish)
+    return listen('crashmail', crashmail.handle, crashmail.finish, crashmail.start)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

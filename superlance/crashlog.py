@@ -1,0 +1,298 @@
+"""Why a process exited, from supervisord's own log.
+
+The event does not carry the exit status. supervisord writes it to its log before it sends the event, but that line
+names neither group nor pid, so it takes some care never to report the status of another process.
+"""
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+from superlance.listener import ExitRequest, Log
+from superlance.rpc import Refused, Supervisor, Unknown, make_process
+
+if TYPE_CHECKING:
+    from superlance.tail import ProcessLogs
+
+# How long an event may wait for what supervisord knows about it, and how long it is not asked after a late answer.
+CALLS_SECONDS = 2.0
+LATE_SECONDS = 1.0
+PAUSE_SECONDS = 60.0
+# In a burst of crashes, one reading of supervisord's log serves all those that it covers.
+REUSE_SECONDS = 5.0
+PROCESSES_SECONDS = 60.0
+HELPER_SECONDS = 5.0
+
+# supervisord can't send a log that begins within a UTF-8 character. Each failure appends a traceback to the log,
+# which moves the window too. The short ones are for loglevel=debug: an escape sequence that a program has printed
+# makes the answer invalid XML.
+WINDOWS_BYTES = (65536, 65535, 65534, 65532, 4096, 1024)
+TOO_QUICKLY = 'Exited too quickly'
+CHANNELS = ('stdout', 'stderr')
+
+
+class Entry(NamedTuple):
+    """What a line of supervisord's log says about a process: its start with a pid, or its exit with a reason."""
+
+    pid: str
+    reason: str         # `exit status 3`, `terminated by SIGKILL`
+    unexpected: bool
+
+
+def read_entries(text: str, program: str) -> list[Entry]:
+    """Return the starts and exits in supervisord's log of the processes called program, whatever their group."""
+    name = re.escape(program)
+    pattern = re.compile(
+        r'^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]{4} '
+        rf"(?:spawned: '{name}' with pid (\d+)|(?:exited|stopped): {name} \((.+?)(; not expected|; expected)?\))$",
+        re.MULTILINE)
+    return [Entry(pid, reason, verdict == '; not expected') for pid, reason, verdict in pattern.findall(text)]
+
+
+def find_start(entries: Sequence[Entry], pid: str) -> int | None:
+    """Return the index of the last start with this pid that is followed by an exit; a pid may occur again."""
+    exits = [index for index, entry in enumerate(entries) if not entry.pid]
+    starts = [index for index, entry in enumerate(entries) if entry.pid == pid and exits and index < exits[-1]]
+    return starts[-1] if starts else None
+
+
+def find_reason(entries: Sequence[Entry], pid: str, alone: bool) -> str:
+    """Return why the process with this pid exited unexpectedly, '' if the log does not say so without doubt.
+
+    alone: no other process of that name can have exited since the start of this one.
+    """
+    start = find_start(entries, pid)
+    if start is not None:
+        following = entries[start + 1:]
+        if alone and not following[0].pid:
+            return following[0].reason if following[0].unexpected else ''
+        return _find_agreed(following)
+    # It was started before the log begins, or starts are not logged (loglevel=warn). What follows another start
+    # belongs to another process.
+    own = takewhile(lambda entry: not entry.pid, entries)
+    return _find_agreed(entries) if alone and any(entry.unexpected for entry in own) else ''
+
+
+def find_last_reason(entries: Sequence[Entry], alone: bool) -> str:
+    """Return the reason of the last unexpected exit, '' if it may be that of another process of that name."""
+    unexpected = [entry for entry in entries if entry.unexpected]
+    return _find_agreed(unexpected[-1:] if alone else unexpected)
+
+
+def _find_agreed(entries: Iterable[Entry]) -> str:
+    reasons = {entry.reason for entry in entries if entry.unexpected}
+    return reasons.pop() if len(reasons) == 1 else ''
+
+
+class Calls:
+    """Calls to supervisord on behalf of a crash: together they take 2 s at most, and after a late answer there are
+    none for a minute, because events are waiting.
+    """
+
+    def __init__(self, environment: Mapping[str, str], make: Callable[..., Supervisor] = Supervisor,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._environment = environment
+        self._make = make
+        self._clock = clock
+        self._end_at = 0.0
+        self._resume_at = 0.0
+
+    def begin(self) -> None:
+        """Begin with another crash."""
+        self._end_at = self._clock() + CALLS_SECONDS
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of supervisord. Raises Unknown and Refused."""
+        started = self._clock()
+        if started < self._resume_at:
+            raise Unknown('supervisord answered too late a short while ago')
+        if started >= self._end_at:
+            raise Unknown(f'supervisord did not answer within {CALLS_SECONDS:g}s')
+        try:
+            return self._make(self._environment, self._end_at - started).call(method, *arguments)
+        finally:
+            if self._clock() - started >= LATE_SECONDS:
+                self._resume_at = self._clock() + PAUSE_SECONDS
+
+    def call_in_helper(self, method: str, interrupt: ExitRequest | None) -> Any:
+        """Call a method before the first crash. Raises Unknown and Refused."""
+        answer, = self._make(self._environment, HELPER_SECONDS).call_in_helper([(method,)], HELPER_SECONDS, interrupt)
+        return answer
+
+
+class Processes:
+    """The processes of supervisord: which names occur in several groups, and which logs are shared."""
+
+    def __init__(self, calls: Calls, clock: Callable[[], float] = time.monotonic) -> None:
+        self._calls = calls
+        self._clock = clock
+        self._infos: dict[str, Mapping[str, Any]] = {}      # by namespec
+        self._read_at = float('-inf')
+
+    def learn(self, interrupt: ExitRequest | None) -> None:
+        """Get to know the processes before the first crash, if supervisord answers."""
+        with suppress(Unknown, Refused):    # else they are read at the first crash
+            self._replace(self._calls.call_in_helper('getAllProcessInfo', interrupt))
+
+    def refresh(self, since: float) -> None:
+        """Read the list of processes again if it is older than since. Raises Unknown and Refused."""
+        if self._read_at < since:
+            self._replace(self._calls.call('getAllProcessInfo'))
+
+    def refresh_one(self, namespec: str) -> Mapping[str, Any]:
+        """Return supervisord's current info about a process. Raises Unknown and Refused."""
+        info: Mapping[str, Any] = self._calls.call('getProcessInfo', namespec)
+        self._infos[namespec] = info
+        return info
+
+    def find_namesakes(self, group: str, program: str) -> list[Mapping[str, Any]]:
+        """Return the processes of that name in other groups."""
+        return [info for info in self._infos.values() if info['name'] == program and info['group'] != group]
+
+    def find_paths(self, namespec: str) -> dict[str, str] | None:
+        """Return the path of each log of a process, '' for one without a file; None if it is not known."""
+        info = self._infos.get(namespec)
+        return None if info is None else {channel: info.get(f'{channel}_logfile') or '' for channel in CHANNELS}
+
+    def count_sharers(self, namespec: str, path: str) -> int:
+        """Return how many other processes write to a log."""
+        return sum(1 for other, info in self._infos.items()
+                   if other != namespec and path in (info.get('stdout_logfile'), info.get('stderr_logfile')))
+
+    def _replace(self, infos: Iterable[Mapping[str, Any]]) -> None:
+        self._infos = {make_process(info).namespec: info for info in infos}
+        self._read_at = self._clock()
+
+
+class ExitReasons:
+    """Finds exit statuses and signals in supervisord's own log."""
+
+    def __init__(self, calls: Calls, processes: Processes, log: Log,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._calls = calls
+        self._processes = processes
+        self._log = log
+        self._clock = clock
+        self._text = ''
+        self._read_at = float('-inf')
+        self._logged: set[str] = set()
+
+    def find(self, group: str, program: str, pid: str) -> str:
+        """Return why a process exited unexpectedly, '' if that is not certain."""
+        return self._attempt(lambda: self._find(group, program, pid))
+
+    def find_fatal(self, group: str, program: str) -> str:
+        """Return why supervisord gave up starting a process, '' if that is not known."""
+        return self._attempt(lambda: self._find_fatal(group, program))
+
+    def _attempt(self, find: Callable[[], str]) -> str:
+        try:
+            return find()
+        except Unknown as why:
+            self._log_once(f'cannot find out why a process exited: {why}')
+        except Refused as why:
+            if why.fault in ('NO_FILE', 'FAILED'):
+                self._log_once('exit statuses are not available, because supervisord cannot read back its own log: '
+                               'set logfile in [supervisord] to a file')
+            elif why.fault != 'SHUTDOWN_STATE':
+                self._log_once(f'cannot find out why a process exited: {why}')
+        return ''
+
+    def _log_once(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
+            self._log(line)
+
+    def _find(self, group: str, program: str, pid: str) -> str:
+        self._processes.refresh(self._clock() - PROCESSES_SECONDS)
+        alone = not self._processes.find_namesakes(group, program)
+        if alone and self._clock() - self._read_at < REUSE_SECONDS:
+            entries = read_entries(self._text, program)
+            if find_start(entries, pid) is not None:
+                return find_reason(entries, pid, alone)
+        self._read()
+        entries = read_entries(self._text, program)
+        reason = find_reason(entries, pid, alone)
+        if not (reason or alone) and self._is_only_candidate(entries, group, program, pid):
+            reason = find_reason(entries, pid, True)
+        return reason
+
+    def _is_only_candidate(self, entries: Sequence[Entry], group: str, program: str, pid: str) -> bool:
+        """Return whether all processes of that name in other groups have been running since before this one's start."""
+        start = find_start(entries, pid)
+        if start is None:
+            return False
+        self._processes.refresh(self._read_at)
+        earlier = {entry.pid for entry in entries[:start]}
+        later = {entry.pid for entry in entries[start:]}
+        # Of those whose start is not in the log, one may have been started since the log was read.
+        recent_seconds = self._clock() - self._read_at + 2
+
+        def has_not_exited_since(info: Mapping[str, Any]) -> bool:
+            if not info['pid']:
+                return not info['start']
+            if str(info['pid']) in later:
+                return False
+            return str(info['pid']) in earlier or info['now'] - info['start'] > recent_seconds
+        return all(map(has_not_exited_since, self._processes.find_namesakes(group, program)))
+
+    def _find_fatal(self, group: str, program: str) -> str:
+        reason = str(self._processes.refresh_one(f'{group}:{program}').get('spawnerr') or '')
+        if reason.startswith(TOO_QUICKLY):
+            self._processes.refresh(self._clock() - PROCESSES_SECONDS)
+            self._read()
+            alone = not self._processes.find_namesakes(group, program)
+            last = find_last_reason(read_entries(self._text, program), alone)
+            reason += f': {last}' if last else ''
+        return reason
+
+    def _read(self) -> None:
+        """Read the end of supervisord's log. Raises Unknown and Refused."""
+        for window_bytes in WINDOWS_BYTES:
+            started = self._clock()
+            try:
+                self._text = self._calls.call('readLog', -window_bytes, 0)
+            except Unknown:
+                if window_bytes == WINDOWS_BYTES[-1]:
+                    raise
+            else:
+                self._read_at = started
+                return
+
+
+class Findings(NamedTuple):
+    """What was found out about a crash; texts for a mail, '' if nothing is known."""
+
+    reason: str
+    logs: str
+
+
+class Investigator:
+    """Finds out all about a crash, before the event is acknowledged; takes a few ms, and 2 s at most."""
+
+    def __init__(self, environment: Mapping[str, str], tail_lines: int | None, log: Log,
+                 make: Callable[..., Supervisor] = Supervisor) -> None:
+        self._calls = Calls(environment, make)
+        self._processes = Processes(self._calls)
+        self._reasons = ExitReasons(self._calls, self._processes, log)
+        self._logs: ProcessLogs | None = None
+        if tail_lines:
+            from superlance.tail import ProcessLogs
+
+            self._logs = ProcessLogs(self._calls, self._processes, tail_lines)
+
+    def prepare(self, interrupt: ExitRequest | None = None) -> None:
+        """Get to know the paths of the logs, so that they can be read at once when a process crashes."""
+        if self._logs:
+            self._processes.learn(interrupt)
+
+    def investigate(self, group: str, program: str, pid: str, with_logs: bool) -> Findings:
+        """Return what is to be known; pid is '' if supervisord gave up starting the process."""
+        self._calls.begin()
+        # The logs first: the process is being restarted.
+        logs = self._logs.read(f'{group}:{program}', pid) if self._logs and with_logs else ''
+        reason = self._reasons.find(group, program, pid) if pid else self._reasons.find_fatal(group, program)
+        return Findings(reason, logs)

@@ -1,0 +1,197 @@
+"""The last lines that a process wrote to its logs before it crashed."""
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from typing import TYPE_CHECKING, NamedTuple, Sequence
+
+from superlance.options import count
+from superlance.rpc import Refused, Unknown, make_process
+
+if TYPE_CHECKING:
+    from superlance.crashlog import Calls, Processes
+
+TAIL_BYTES = 64 * 1024
+# A .1 that was written to so recently may have been the log when the process wrote its last lines.
+ROTATED_SECONDS = 60.0
+ESCAPE_SEQUENCE = re.compile(
+    r'\x1b(?:\[[0-?]*[ -/]*[@-~]'           # CSI, as for colours
+    r'|\][^\x07\x1b]*(?:\x07|\x1b\\)'       # OSC, as for a window's title
+    r'|[ -/]+[0-~]|[0-Z\\-~])')             # all others, ECMA-48 and ECMA-35
+
+
+def strip_escapes(text: str) -> str:
+    """Return text without the escape sequences that colour it in a terminal."""
+    return ESCAPE_SEQUENCE.sub('', text)
+
+
+class Mark(NamedTuple):
+    """How far a log had been written when its process crashed last."""
+
+    inode: int
+    size: int
+    modified_ns: int
+
+
+class Excerpt:
+    """What a mail says about the logs of a process."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.has_lines = False
+        self.trouble = ''       # why a log could not be read
+
+    def add_trouble(self, why: Exception) -> None:
+        self.trouble = self.trouble or str(why)
+
+
+class ProcessLogs:
+    """Reads the last lines that a process wrote to its logs.
+
+    supervisord restarts a process at the moment it reports the crash, so the log has to be read before the new
+    process writes to it. That is why supervisord is asked for the paths of the logs beforehand, and for the text
+    only if a file can't be read. What was there at the crash before belongs to an earlier process.
+    """
+
+    def __init__(self, calls: Calls, processes: Processes, lines: int) -> None:
+        self._calls = calls
+        self._processes = processes
+        self._lines = lines
+        self._marks: dict[tuple[str, str], Mark] = {}      # by namespec and path
+
+    def read(self, namespec: str, pid: str) -> str:
+        """Return the lines, or why there are none, as text for a mail."""
+        seen = any(name == namespec for name, _ in self._marks)
+        excerpt = self._read_all(namespec)
+        try:
+            known = self._processes.find_paths(namespec)
+            current = make_process(self._processes.refresh_one(namespec))
+            if known != self._processes.find_paths(namespec):
+                excerpt = self._read_all(namespec)  # `supervisorctl update` has changed its logs
+            if excerpt.has_lines and pid and current.pid and str(current.pid) != pid:
+                excerpt.parts.append('supervisord has restarted it: the last lines above may be from the new process.')
+        except (Unknown, Refused) as why:
+            excerpt.add_trouble(why)
+        if excerpt.trouble:
+            excerpt.parts.append(f'Could not read more of its logs through supervisord: {excerpt.trouble}')
+        # Lines of the process may have been in the report of the crash before.
+        nothing = 'Its logs have no new lines since its last crash.' if seen else 'Its logs are empty.'
+        return '\n\n'.join(excerpt.parts or [nothing])
+
+    def _read_all(self, namespec: str) -> Excerpt:
+        excerpt = Excerpt()
+        try:
+            if self._processes.find_paths(namespec) is None:
+                self._processes.refresh_one(namespec)
+        except (Unknown, Refused) as why:
+            excerpt.add_trouble(why)
+        channels: dict[str, list[str]] = {}
+        for channel, path in (self._processes.find_paths(namespec) or {}).items():
+            channels.setdefault(path, []).append(channel)
+        for path, names in channels.items():
+            try:
+                self._add(excerpt, namespec, path, names)
+            except (Unknown, Refused) as why:
+                excerpt.add_trouble(why)
+        return excerpt
+
+    def _add(self, excerpt: Excerpt, namespec: str, path: str, channels: Sequence[str]) -> None:
+        """Add what there is to say about a log to which these channels are written."""
+        title = f"{' and '.join(channels)} log"
+        if is_device(path):
+            excerpt.parts.append(f'Its {title} cannot be read back: {path} is not a file.')
+        elif path:
+            lines = strip_escapes(self._read(namespec, path, channels[0])).rstrip('\n').split('\n')[-self._lines:]
+            if lines == ['']:
+                return
+            sharers = self._processes.count_sharers(namespec, path)
+            if sharers:
+                others = count(sharers, 'other process', 'other processes')
+                title += f' (shared with {others}, whose lines may be here too)'
+            excerpt.parts.append('\n  '.join([f'The last lines of its {title}:', *lines]))
+            excerpt.has_lines = True
+        elif 'stdout' in channels:  # stderr alone has no file if it is redirected to stdout
+            excerpt.parts.append('Its stdout log cannot be read back: stdout_logfile is NONE or syslog.')
+
+    def _read(self, namespec: str, path: str, channel: str) -> str:
+        """Return the end of a log, '' if there is nothing new. Raises Unknown and Refused."""
+        # A relative path is relative to a directory that only supervisord knows.
+        if os.path.isabs(path):
+            try:
+                return self._read_file(namespec, path)
+            except OSError:
+                pass  # it may be another user's, and supervisord can read it
+        return self._ask_for_end(namespec, path, channel)
+
+    def _read_file(self, namespec: str, path: str) -> str:
+        with open(path, 'rb') as file:
+            current = os.fstat(file.fileno())
+            mark = self._marks.get((namespec, path))
+            self._marks[namespec, path] = Mark(current.st_ino, current.st_size, current.st_mtime_ns)
+            older, rotated = self._read_rotated(path, current, mark)
+            start = 0
+            if mark and not rotated and mark.inode == current.st_ino and mark.size <= current.st_size:
+                start = mark.size
+            start = max(start, current.st_size - TAIL_BYTES)
+            file.seek(start)
+            newer = file.read(current.st_size - start)
+        return (older + newer)[-TAIL_BYTES:].decode('utf-8', 'replace')
+
+    def _read_rotated(self, path: str, current: os.stat_result, mark: Mark | None) -> tuple[bytes, bool]:
+        """Return what the process wrote to a log that supervisord has renamed since, and whether it has."""
+        try:
+            with open(path + '.1', 'rb') as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode) or status.st_ino == current.st_ino:
+                    return b'', False   # it was renamed after it had been opened
+                if mark:
+                    rotated = status.st_mtime_ns > mark.modified_ns
+                else:
+                    rotated = status.st_mtime > time.time() - ROTATED_SECONDS
+                if not rotated:
+                    return b'', False
+                start = mark.size if mark and mark.inode == status.st_ino and mark.size <= status.st_size else 0
+                start = max(start, status.st_size - TAIL_BYTES)
+                file.seek(start)
+                return file.read(status.st_size - start), True
+        except OSError:
+            return b'', False
+
+    def _ask_for_end(self, namespec: str, path: str, channel: str) -> str:
+        """Return the end of a log that only supervisord can read. Raises Unknown and Refused."""
+        size = self._calls.call(f'tailProcess{channel.capitalize()}Log', namespec, 0, 0)[1]
+        mark = self._marks.get((namespec, path))
+        self._marks[namespec, path] = Mark(0, size, 0)
+        first = max(mark.size if mark and mark.size <= size else 0, size - TAIL_BYTES)
+        last = min(first + 3, size - 1)
+        while first < size:
+            try:
+                return str(self._calls.call(f'readProcess{channel.capitalize()}Log', namespec, first, size - first))
+            except Unknown:
+                # It can't send a text that begins within a character, which has 4 bytes at most.
+                first += 1
+                if first > last:
+                    raise
+        return ''
+
+
+def is_device(path: str) -> bool:
+    """Return whether a path leads, also through symbolic links, to something that is not a file.
+
+    For supervisord /dev/stdout may well be a file, with the output of all its programs.
+    """
+    if not os.path.isabs(path):
+        return False
+    for _ in range(40):     # as many links as Linux follows
+        if path.startswith(('/dev/', '/proc/')) and not path.startswith('/dev/shm/'):
+            return True
+        try:
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        except OSError:
+            break
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
