@@ -250,10 +250,14 @@ def send_mail(settings: Settings, program: str, notice: Notice, seconds_left: Se
 
 
 def _hide_command(settings: Settings, text: str) -> str:
-    """Return text without the words of -s, which a shell repeats when it does not understand them."""
+    """Return text without the words of -s, which a shell repeats if it does not understand them.
+
+    Plain lower-case words remain, so that the output of `echo rejected; exit 1` says something.
+    """
     if settings.sendmail == SENDMAIL:
         return text
-    return hide(text, {one_line(settings.sendmail), *re.split(r'[\s\'"`=;&|<>(){}$]+', settings.sendmail)})
+    words = re.split(r'[\s\'"`=;&|<>(){}$]+', settings.sendmail)
+    return hide(text, [one_line(settings.sendmail), *(word for word in words if not re.fullmatch('[a-z]*', word))])
 
 
 def send_webhook(settings: Settings, program: str, notice: Notice, seconds_left: SecondsLeft) -> str:
