@@ -583,3 +583,21 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         'name           size   what\n'
         'a              200MB\n'
         'group:program  1      too much\n')
+
+
+@pytest.mark.parametrize(('error', 'line'), [
+    ('processes', 'warning: unable to check memory: no answer'),
+    ('memory', 'warning: unable to check memory: no ps'),
+])
+def test_once_that_cannot_read_the_process_list_or_memory_has_status_1(
+        doubles: Doubles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        error: str, line: str) -> None:
+    def read_memory() -> dict[int, ProcessMemory]:
+        raise Unknown('no ps')
+
+    doubles.error = Unknown('no answer') if error == 'processes' else None
+    monkeypatch.setattr(doubles, 'call', lambda method: [], raising=False)
+    monkeypatch.setattr(memmon, 'find_supervisor', lambda configuration, environment: doubles)
+    monkeypatch.setattr(memmon, 'MemoryReader', lambda log: read_memory)
+    assert memmon.main(['--once', '-a', '1MB']) == 1
+    assert capsys.readouterr().out == line + '\n'
