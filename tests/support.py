@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -337,6 +339,12 @@ class Supervisord:
             return info if info['statename'] == 'RUNNING' and info['pid'] != pid else None
         found: dict[str, Any] = wait_for(look, f'restart of {name}', timeout)
         return found
+
+
+def find_examples(page: Path) -> list[str]:
+    """Return the examples of supervisor's configuration in a reStructuredText file, without their indentation."""
+    blocks = re.findall(r'(?:::|code-block:: ini)\n\n((?:    .*\n|\n)+)', page.read_text('utf-8'))
+    return [textwrap.dedent(block) for block in blocks if re.match(r' +\[\w+(:\w+)?\]\n', block)]
 
 
 def read_until(client: socket.socket, end: bytes) -> bytes:

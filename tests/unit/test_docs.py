@@ -1,0 +1,104 @@
+"""README, references, --help and option tables agree, and every command line that they show is accepted."""
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from support import find_examples, run_in_process
+
+from superlance import __version__
+from superlance.options import Option
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / 'README.rst').read_text('utf-8')
+PAGES = [ROOT / 'README.rst', *sorted((ROOT / 'docs').glob('*.rst'))]
+NAMES = ['memmon', 'httpok', 'crashmail']
+LONGEST_HELP = {'memmon': 60, 'crashmail': 60, 'httpok': 80}
+FLAG = re.compile(r'(?<![\w-])--?[a-zA-Z_][\w-]*')
+
+every_command = pytest.mark.parametrize('name', NAMES)
+
+
+def read_table(name: str) -> set[str]:
+    """Return the flags of a command's option table."""
+    options: list[Option] = list(import_module(f'superlance.{name}').OPTIONS)
+    return {f'-{option.letter}' for option in options if option.letter} | {f'--{option.name}' for option in options}
+
+
+def read_help(name: str) -> str:
+    return str(import_module(f'superlance.{name}').__doc__)
+
+
+@every_command
+def test_help_names_exactly_the_options_of_the_command(name: str) -> None:
+    lines = [line for line in read_help(name).splitlines() if re.match(r' {2,6}-', line)]
+    assert {flag for line in lines for flag in FLAG.findall(line[:30])} == read_table(name)
+
+
+@every_command
+def test_reference_describes_exactly_the_options_of_the_command(name: str) -> None:
+    page = (ROOT / 'docs' / f'{name}.rst').read_text('utf-8')
+    terms = re.findall(r'^(``-.*``)$', page, re.M)
+    assert {flag for term in terms for flag in FLAG.findall(re.sub('=[^`]*', '', term))} == read_table(name)
+
+
+@every_command
+def test_readme_names_only_options_of_the_command(name: str) -> None:
+    section = re.search(rf'^\*\*{name}\*\* (.*?)(?=^\*\*|^\S+\n---)', README, re.M | re.S)
+    assert section, name
+    terms = [term for line in section.group(1).splitlines() if line.startswith('- ``')
+             for term in re.findall('``(-[^`]*)``', line.partition(':')[0])]
+    flags = {flag for term in terms for flag in FLAG.findall(re.sub('[= ].*', '', term))}
+    assert flags and flags <= read_table(name)
+
+
+@every_command
+def test_help_fits_a_terminal_and_has_an_example(name: str) -> None:
+    lines = read_help(name).splitlines()
+    assert lines[0].startswith(f'Usage: {name}')
+    assert max(map(len, lines)) < 80 and len(lines) <= LONGEST_HELP[name]
+    assert f'[eventlistener:{name}]\n    command={name} ' in read_help(name)
+
+
+COMMAND_LINES = sorted({command for page in PAGES for example in find_examples(page)
+                        for command in re.findall(rf'^command=((?:\S*/)?(?:{"|".join(NAMES)}) .*)$', example, re.M)})
+
+
+def test_there_are_command_lines() -> None:
+    assert len(COMMAND_LINES) > 15
+
+
+@pytest.mark.parametrize('command', COMMAND_LINES)
+def test_command_line_of_the_documentation_is_accepted(command: str) -> None:
+    program, *arguments = shlex.split(command.replace('%(here)s', '/tmp').replace('%%', '%'))
+    name = program.rpartition('/')[2]
+    run = run_in_process(lambda: import_module(f'superlance.{name}').main(arguments),
+                         environment={'SUPERVISOR_SERVER_URL': ''})
+    assert run.status == 1 and run.log.startswith(f'{name} must be started by supervisord'), run.log
+
+
+def test_every_test_that_the_documentation_names_exists() -> None:
+    named = {name for page in PAGES for name in re.findall(r'``(test_\w+)``', page.read_text('utf-8'))}
+    defined = set(re.findall(r'^def (test_\w+)\(', ''.join(
+        path.read_text('utf-8') for path in (ROOT / 'tests').rglob('test_*.py')), re.M))
+    assert len(named) > 30 and named <= defined, sorted(named - defined)
+
+
+def test_contributing_names_every_module() -> None:
+    text = (ROOT / 'CONTRIBUTING.rst').read_text('utf-8')
+    modules = {path.name for path in (ROOT / 'superlance').glob('*.py')} - {'__init__.py'}
+    assert modules == set(re.findall(r'^``(\w+\.py)``', text, re.M))
+
+
+def test_version_is_that_of_changes_and_references() -> None:
+    assert re.search(rf'^{re.escape(__version__)} ', (ROOT / 'CHANGES.txt').read_text('utf-8'), re.M)
+    for name in NAMES:
+        assert f'\n:Version: superlance {__version__}\n' in (ROOT / 'docs' / f'{name}.rst').read_text('utf-8')
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    command = re.search(r'^    (python3 -m venv .*tox)$', README, re.M)
+    assert command and f'{{ {command.group(1)}; }}' in (ROOT / '.ci' / 'run').read_text('utf-8')
