@@ -226,6 +226,13 @@ class Listener:
         """Serve a tick that is later than any restart before it, although `when` is in whole seconds."""
         self.serve_event('TICK_5', f'when:{int(time.time() + 1)}')
 
+    def tick_until_log(self, text: str) -> None:
+        """Serve ticks until the log has this text."""
+        def tick() -> bool:
+            self.tick()
+            return text in self.log
+        wait_for(tick, lambda: f'log {text!r} in {self.log}')
+
     def crash(self, program: str = 'web', group: str | None = None, pid: int = 123, expected: int = 0) -> None:
         self.serve_event('PROCESS_STATE_EXITED', f'processname:{program} groupname:{group or program} '
                                                  f'from_state:RUNNING expected:{expected} pid:{pid}')
