@@ -275,15 +275,16 @@ def send_test(settings: Settings, program: str, subject: str, body: str, server:
     """
     notice = Notice(subject, body, server, time.time())
     lines, succeeded = [], True
-    for used, send, where in ((settings.sends_mail, send_mail, _describe_mail(settings)),
-                              (settings.webhook is not None, send_webhook, 'notice to the webhook')):
+    to = f" to {', '.join(settings.recipients)}" if settings.recipients else ''
+    for used, send, what in ((settings.sends_mail, send_mail, f'mail{to}'),
+                             (settings.webhook is not None, send_webhook, 'notice to the webhook')):
         if not used:
             continue
         try:
             answer = send(settings, program, notice, lambda: float('inf'))
         except SendFailed as why:
-            lines.append(f'unable to send {where}: {why}')
+            lines.append(f'unable to send {what}: {why}')
             succeeded = False
         else:
-            lines.append(f'sent {where}{": " if answer else ""}{answer}')
+            lines.append(f'sent {what}{": " if answer else ""}{answer}')
     return lines, succeeded

@@ -552,9 +552,9 @@ def test_a_test_notice_without_any_way_to_send_it() -> None:
 
 
 @pytest.mark.parametrize(('text', 'line', 'accepted'), [
-    ('cat > /dev/null; echo queued', 'sent mail to bob@example.com through the command of -s: queued', True),
-    ('cat > /dev/null', 'sent mail to bob@example.com through the command of -s', True),
-    ('exit 75', 'unable to send mail to bob@example.com through the command of -s: the command of -s: exit status 75',
+    ('cat > /dev/null; echo queued', 'sent mail to bob@example.com: queued', True),
+    ('cat > /dev/null', 'sent mail to bob@example.com', True),
+    ('exit 75', 'unable to send mail to bob@example.com: the command of -s: exit status 75',
      False),
 ])
 def test_a_test_notice(text: str, line: str, accepted: bool) -> None:

@@ -217,7 +217,7 @@ def test_tls_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_test_notice() -> None:
     with Chat(response(), response(b'no_service', status='404 Not Found')) as chat:
         settings = mail.Settings(('bob@example.com',), 'cat >/dev/null', webhook=mail.parse_webhook(chat.url()))
-        by_mail = 'sent mail to bob@example.com through the command of -s'
+        by_mail = 'sent mail to bob@example.com'
         assert mail.send_test(settings, 'crashmail', 'a test', 'body') == (
             [by_mail, 'sent notice to the webhook: 200 OK'], True)
         assert mail.send_test(settings, 'crashmail', 'a test', 'body') == (
