@@ -26,12 +26,11 @@ REUSE_SECONDS = 5.0
 PROCESSES_SECONDS = 60.0
 HELPER_SECONDS = 5.0
 
-# supervisord can't send a log that begins within a UTF-8 character. Each failure appends a traceback to the log,
-# which moves the window too. The short ones are for loglevel=debug: an escape sequence that a program has printed
-# makes the answer invalid XML.
-WINDOWS_BYTES = (65536, 65535, 65534, 65532, 4096, 1024)
-TOO_QUICKLY = 'Exited too quickly'
+# supervisord can't send a log that begins within a UTF-8 character. It appends a traceback to the log each time, which
+# moves the window too: if by 3n + 2 bytes, every 1 byte less would begin within a character of 3 bytes again.
+WINDOWS_BYTES = (65536, 65535, 65534, 65532, 4096)
 CHANNELS = ('stdout', 'stderr')
+TOO_QUICKLY = 'Exited too quickly'
 
 
 class Entry(NamedTuple):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -20,6 +21,8 @@ CALL_TIMEOUT_SECONDS = 30
 # A listener that starts so many helper processes within so many seconds is better off with the import.
 HELPERS = 5
 HELPERS_SECONDS = 600
+
+CONTROL_CHARACTER = re.compile(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]')
 
 Call = Tuple[Any, ...]     # a method's name and its arguments
 
@@ -137,6 +140,7 @@ class Supervisor:
             if parts.scheme == 'http' and not parts.hostname:
                 raise ValueError('the URL has no host')
             proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
+            _accept_control_characters(proxy('transport'))
             try:
                 return getattr(proxy.supervisor, method)(*arguments)
             finally:
@@ -207,6 +211,21 @@ class Supervisor:
         if reason:
             raise Unknown(reason)
         return list(answers)
+
+
+def _accept_control_characters(transport: Any) -> None:
+    """Let a transport read answers with control characters, which are not valid XML.
+
+    supervisord sends them as they are in a log. They become visible characters, as "\u241b" for an escape.
+    """
+    get_parser = transport.getparser
+
+    def getparser() -> Any:
+        parser, target = get_parser()
+        feed = parser.feed
+        parser.feed = lambda data: feed(CONTROL_CHARACTER.sub(lambda found: b'&#%d;' % (0x2400 + ord(found[0])), data))
+        return parser, target
+    transport.getparser = getparser
 
 
 def answer_calls(request: str) -> None:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 TAIL_BYTES = 64 * 1024
 # A .1 that was written to so recently may have been the log when the process wrote its last lines.
 ROTATED_SECONDS = 60.0
+# In an answer of supervisord, control characters are visible ones, see rpc.py.
 ESCAPE_SEQUENCE = re.compile(
-    r'\x1b(?:\[[0-?]*[ -/]*[@-~]'           # CSI, as for colours
-    r'|\][^\x07\x1b]*(?:\x07|\x1b\\)'       # OSC, as for a window's title
-    r'|[ -/]+[0-~]|[0-Z\\-~])')             # all others, ECMA-48 and ECMA-35
+    r'[\x1b\u241b](?:\[[0-?]*[ -/]*[@-~]'               # CSI, as for colours
+    r'|\][^\x07\x1b\u2407\u241b]*(?:[\x07\u2407]|[\x1b\u241b]\\)'      # OSC, as for a window's title
+    r'|[ -/]+[0-~]|[0-Z\\-~])')                          # all others, ECMA-48 and ECMA-35
 
 
 def strip_escapes(text: str) -> str:
