@@ -134,12 +134,12 @@ class Processes:
     def learn(self, interrupt: ExitRequest | None) -> None:
         """Get to know the processes before the first crash, if supervisord answers."""
         with suppress(Unknown, Refused):    # else they are read at the first crash
-            self._replace(self._calls.call_in_helper('getAllProcessInfo', interrupt))
+            self._replace(lambda: self._calls.call_in_helper('getAllProcessInfo', interrupt))
 
     def refresh(self, since: float) -> None:
-        """Read the list of processes again if it is older than since. Raises Unknown and Refused."""
+        """Read the list of processes again unless it is from after since. Raises Unknown and Refused."""
         if self._read_at < since:
-            self._replace(self._calls.call('getAllProcessInfo'))
+            self._replace(lambda: self._calls.call('getAllProcessInfo'))
 
     def refresh_one(self, namespec: str) -> Mapping[str, Any]:
         """Return supervisord's current info about a process. Raises Unknown and Refused."""
@@ -161,9 +161,10 @@ class Processes:
         return sum(1 for other, info in self._infos.items()
                    if other != namespec and path in (info.get('stdout_logfile'), info.get('stderr_logfile')))
 
-    def _replace(self, infos: Iterable[Mapping[str, Any]]) -> None:
-        self._infos = {make_process(info).namespec: info for info in infos}
-        self._read_at = self._clock()
+    def _replace(self, read: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        started = self._clock()
+        self._infos = {make_process(info).namespec: info for info in read()}
+        self._read_at = started
 
 
 class ExitReasons:
@@ -185,7 +186,11 @@ class ExitReasons:
 
     def find_fatal(self, group: str, program: str) -> str:
         """Return why supervisord gave up starting a process, '' if that is not known."""
-        return self._attempt(lambda: self._find_fatal(group, program))
+        reason = self._attempt(lambda: self._find_spawn_error(group, program))
+        if reason.startswith(TOO_QUICKLY):
+            last = self._attempt(lambda: self._find_last(group, program))
+            reason += f': {last}' if last else ''
+        return reason
 
     def _attempt(self, find: Callable[[], str]) -> str:
         try:
@@ -238,28 +243,28 @@ class ExitReasons:
             return str(info['pid']) in earlier or info['now'] - info['start'] > recent_seconds
         return all(map(has_not_exited_since, self._processes.find_namesakes(group, program)))
 
-    def _find_fatal(self, group: str, program: str) -> str:
-        reason = str(self._processes.refresh_one(f'{group}:{program}').get('spawnerr') or '')
-        if reason.startswith(TOO_QUICKLY):
-            self._processes.refresh(self._clock() - PROCESSES_SECONDS)
-            self._read()
-            alone = not self._processes.find_namesakes(group, program)
-            last = find_last_reason(read_entries(self._text, program), alone)
-            reason += f': {last}' if last else ''
-        return reason
+    def _find_spawn_error(self, group: str, program: str) -> str:
+        return str(self._processes.refresh_one(f'{group}:{program}').get('spawnerr') or '')
+
+    def _find_last(self, group: str, program: str) -> str:
+        self._processes.refresh(self._clock() - PROCESSES_SECONDS)
+        self._read()
+        alone = not self._processes.find_namesakes(group, program)
+        return find_last_reason(read_entries(self._text, program), alone)
 
     def _read(self) -> None:
         """Read the end of supervisord's log. Raises Unknown and Refused."""
+        failures = []
         for window_bytes in WINDOWS_BYTES:
             started = self._clock()
             try:
                 self._text = self._calls.call('readLog', -window_bytes, 0)
-            except Unknown:
-                if window_bytes == WINDOWS_BYTES[-1]:
-                    raise
+            except Unknown as why:
+                failures.append(why)
             else:
                 self._read_at = started
                 return
+        raise failures[0]
 
 
 class Findings(NamedTuple):
@@ -273,10 +278,10 @@ class Investigator:
     """Finds out all about a crash, before the event is acknowledged; takes a few ms, and 2 s at most."""
 
     def __init__(self, environment: Mapping[str, str], tail_lines: int | None, log: Log,
-                 make: Callable[..., Supervisor] = Supervisor) -> None:
-        self._calls = Calls(environment, make)
-        self._processes = Processes(self._calls)
-        self._reasons = ExitReasons(self._calls, self._processes, log)
+                 make: Callable[..., Supervisor] = Supervisor, clock: Callable[[], float] = time.monotonic) -> None:
+        self._calls = Calls(environment, make, clock)
+        self._processes = Processes(self._calls, clock)
+        self._reasons = ExitReasons(self._calls, self._processes, log, clock)
         self._logs: ProcessLogs | None = None
         if tail_lines:
             from superlance.tail import ProcessLogs

@@ -5,7 +5,7 @@ import os
 import re
 import stat
 import time
-from typing import TYPE_CHECKING, NamedTuple, Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Sequence
 
 from superlance.options import count
 from superlance.rpc import Refused, Unknown, make_process
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from superlance.crashlog import Calls, Processes
 
 TAIL_BYTES = 64 * 1024
+MARK_BYTES = 64
 # A .1 that was written to so recently may have been the log when the process wrote its last lines.
 ROTATED_SECONDS = 60.0
 # In an answer of supervisord, control characters are visible ones, see rpc.py.
@@ -31,9 +32,9 @@ def strip_escapes(text: str) -> str:
 class Mark(NamedTuple):
     """How far a log had been written when its process crashed last."""
 
-    inode: int
     size: int
-    modified_ns: int
+    modified_ns: int = 0
+    end: bytes = b''    # what it ended with; an inode would not do, because that of a deleted file is used again
 
 
 class Excerpt:
@@ -128,43 +129,20 @@ class ProcessLogs:
 
     def _read_file(self, namespec: str, path: str) -> str:
         with open(path, 'rb') as file:
-            current = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             mark = self._marks.get((namespec, path))
-            self._marks[namespec, path] = Mark(current.st_ino, current.st_size, current.st_mtime_ns)
-            older, rotated = self._read_rotated(path, current, mark)
-            start = 0
-            if mark and not rotated and mark.inode == current.st_ino and mark.size <= current.st_size:
-                start = mark.size
-            start = max(start, current.st_size - TAIL_BYTES)
-            file.seek(start)
-            newer = file.read(current.st_size - start)
-        return (older + newer)[-TAIL_BYTES:].decode('utf-8', 'replace')
-
-    def _read_rotated(self, path: str, current: os.stat_result, mark: Mark | None) -> tuple[bytes, bool]:
-        """Return what the process wrote to a log that supervisord has renamed since, and whether it has."""
-        try:
-            with open(path + '.1', 'rb') as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_ino == current.st_ino:
-                    return b'', False   # it was renamed after it had been opened
-                if mark:
-                    rotated = status.st_mtime_ns > mark.modified_ns
-                else:
-                    rotated = status.st_mtime > time.time() - ROTATED_SECONDS
-                if not rotated:
-                    return b'', False
-                start = mark.size if mark and mark.inode == status.st_ino and mark.size <= status.st_size else 0
-                start = max(start, status.st_size - TAIL_BYTES)
-                file.seek(start)
-                return file.read(status.st_size - start), True
-        except OSError:
-            return b'', False
+            older = read_rotated(path, status, mark)
+            start = find_start(file, status.st_size, mark) if older is None else 0
+            newer = read_from(file, start, status.st_size)
+            end = newer[-MARK_BYTES:] or (mark.end if mark and start else b'')
+            self._marks[namespec, path] = Mark(status.st_size, status.st_mtime_ns, end)
+        return ((older or b'') + newer)[-TAIL_BYTES:].decode('utf-8', 'replace')
 
     def _ask_for_end(self, namespec: str, path: str, channel: str) -> str:
         """Return the end of a log that only supervisord can read. Raises Unknown and Refused."""
         size = self._calls.call(f'tailProcess{channel.capitalize()}Log', namespec, 0, 0)[1]
         mark = self._marks.get((namespec, path))
-        self._marks[namespec, path] = Mark(0, size, 0)
+        self._marks[namespec, path] = Mark(size)
         first = max(mark.size if mark and mark.size <= size else 0, size - TAIL_BYTES)
         last = min(first + 3, size - 1)
         while first < size:
@@ -176,6 +154,41 @@ class ProcessLogs:
                 if first > last:
                     raise
         return ''
+
+
+def find_start(file: BinaryIO, size: int, mark: Mark | None) -> int:
+    """Return where to begin reading a log of that size: at the mark, or at 0 if it is not the marked log any more."""
+    if mark is None or mark.size > size:
+        return 0
+    file.seek(mark.size - len(mark.end))
+    return mark.size if file.read(len(mark.end)) == mark.end else 0
+
+
+def read_from(file: BinaryIO, start: int, end: int) -> bytes:
+    """Return at most 64 KB from before end, none from before start."""
+    start = max(start, end - TAIL_BYTES)
+    file.seek(start)
+    return file.read(end - start)
+
+
+def read_rotated(path: str, current: os.stat_result, mark: Mark | None) -> bytes | None:
+    """Return what the process wrote to its log before supervisord renamed it, None if it has not been renamed since."""
+    try:
+        if not os.path.isfile(path + '.1'):
+            return None
+        with open(path + '.1', 'rb') as file:
+            status = os.fstat(file.fileno())
+            if os.path.samestat(status, current):
+                return None     # it was renamed after it had been opened
+            start = find_start(file, status.st_size, mark)
+            if mark:
+                # Two writes may have the same time.
+                is_recent = status.st_mtime_ns > mark.modified_ns or 0 < start < status.st_size
+            else:
+                is_recent = status.st_mtime > time.time() - ROTATED_SECONDS
+            return read_from(file, start, status.st_size) if is_recent else None
+    except OSError:
+        return None
 
 
 def is_device(path: str) -> bool:
