@@ -9,7 +9,7 @@ with open('README.rst', encoding='utf-8') as readme, open('CHANGES.txt', encodin
 setup(
     name='superlance',
     version=namespace['__version__'],
-    description='Event listeners that watch over the processes of supervisor',
+    description='Event listeners for supervisor that watch memory, HTTP and crashes',
     long_description=long_description,
     long_description_content_type='text/x-rst',
     license='BSD-3-Clause',
