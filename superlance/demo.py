@@ -28,9 +28,9 @@ from typing import Sequence
 
 from superlance.options import Given, Option, UsageError, format_size, run_script
 
+OPTIONS = (Option('', 'keep'), Option('h', 'help'))
 DEADLINE_SECONDS = 45
 STOP_SECONDS = 9
-POLL_SECONDS = 0.2
 
 PROGRAMS = {
     'leaky': '''\
@@ -51,9 +51,8 @@ time.sleep(300)
 ''',
     'crashing': '''\
 import os, time
-marker = 'crashed-under-%d' % os.getppid()
-if not os.path.exists(marker):
-    open(marker, 'w').close()
+if not os.path.exists('crashed-under-%d' % os.getppid()):
+    open('crashed-under-%d' % os.getppid(), 'w').close()
     time.sleep(3)
     print(1 / 0)
 time.sleep(300)
@@ -137,7 +136,7 @@ class Story:
 
     def __init__(self, folder: Path) -> None:
         self.started = time.monotonic()
-        self.text = ''
+        self.text = self.memory = ''
         self.signals: list[int] = []
         self._has_colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
         # The number of known lines; in an order in which an effect follows its cause.
@@ -151,10 +150,14 @@ class Story:
             lines = path.read_text('utf-8', 'replace').split('\n')[known:-1] if path.exists() else []
             self._known[path] += len(lines)
             for line in lines:
-                what = TIMESTAMP.sub('', line, count=1)
+                what = TIMESTAMP.sub('', line.rstrip(), count=1)
                 if re.match(SHOWN_LINES.get(path.stem, ''), what):
                     self.text += what + '\n'
                     self.print(f'{time.monotonic() - self.started:3.0f} s  {path.stem:<11}  {what}', path.stem in TASKS)
+        for before in re.findall(r'restarted leaky \(pid \d+: ([\d.]+\w+)', '' if self.memory else self.text):
+            with suppress(OSError, ValueError):     # no ps, or the new process has exited
+                ps = subprocess.run(['ps', '-o', 'rss=', '-p', self.find_pids('leaky')[-1]], stdout=subprocess.PIPE)
+                self.memory = f'{before} -> {format_size(1024 * int(ps.stdout))}'
 
     def find_missing(self, who: str) -> list[str]:
         return [task for task, proof in TASKS[who].items() if not re.search(proof, self.text)]
@@ -163,11 +166,7 @@ class Story:
         return re.findall(rf"spawned: '{name}' with pid (\d+)", self.text)
 
     def print_summary(self) -> None:
-        memory = re.findall(r'restarted leaky \(pid \d+: ([\d.]+\w+)', self.text)[:1]
-        with suppress(OSError, ValueError, IndexError):     # no ps, or no new process
-            ps = subprocess.run(['ps', '-o', 'rss=', '-p', self.find_pids('leaky')[1]], stdout=subprocess.PIPE)
-            memory.append(format_size(1024 * int(ps.stdout)))
-        for who, name, numbers in zip(TASKS, PROGRAMS, (' -> '.join(memory), 'hung for 2 s', 'exit status 1')):
+        for who, name, numbers in zip(TASKS, PROGRAMS, (self.memory or 'no ps', 'hung for 2 s', 'exit status 1')):
             missing = self.find_missing(who)
             pids = ' -> '.join(self.find_pids(name)[:2])
             verdict = (f"NOT done: never {', never '.join(missing)}" if missing else
@@ -190,7 +189,7 @@ def watch(supervisord: subprocess.Popen[bytes], story: Story) -> str:
             return 'supervisord gave up starting a process'
         if time.monotonic() > story.started + DEADLINE_SECONDS:
             return f'not everything was done within {DEADLINE_SECONDS} s'
-        time.sleep(POLL_SECONDS)
+        time.sleep(0.2)
 
 
 def stop(supervisord: subprocess.Popen[bytes], pids: Sequence[str]) -> None:
@@ -237,12 +236,13 @@ def run(command_line: tuple[Given, list[str]]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(f'\nAll processes have exited, after {time.monotonic() - story.started:.0f} s.')
     if 'keep' in given:
-        print(f'To run it again: cd {shlex.quote(str(folder))} && supervisord -n')
+        command = [sys.executable, '-m', 'supervisor.supervisord', '-n']
+        print(f'To run it again: cd {shlex.quote(str(folder))} &&', *map(shlex.quote, command))
     return 128 + story.signals[0] if story.signals else 1 if trouble else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script('superlance.demo', __doc__, (Option('', 'keep'), Option('h', 'help')), lambda *both: both, run, argv)
+    return run_script('superlance.demo', __doc__, OPTIONS, lambda *command_line: command_line, run, argv)
 
 
 if __name__ == '__main__':
