@@ -135,7 +135,8 @@ def test_lines_of_listeners_are_bold_on_a_terminal_that_can_show_it(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     make_story(tmp_path).print_news()
-    bold = [line for line in terminal.getvalue().splitlines() if line.startswith('\033[1m') and line.endswith('\033[0m')]
+    lines = terminal.getvalue().splitlines()
+    bold = [line for line in lines if line.startswith('\033[1m') and line.endswith('\033[0m')]
     assert len(bold) == (1 if is_bold else 0)
     assert all('  memmon  ' in line for line in bold)
 

@@ -46,6 +46,41 @@ def test_reference_describes_exactly_the_options_of_the_command(name: str) -> No
 
 
 @every_command
+def test_help_and_reference_name_the_same_values(name: str) -> None:
+    page = (ROOT / 'docs' / f'{name}.rst').read_text('utf-8')
+    in_help = re.findall(r'^ {2,6}-.*?--([\w-]+=[^\s\']+)', read_help(name), re.M)
+    in_page = re.findall(r"^``-.*?--([\w-]+=[^`\s']+)", page, re.M)
+    assert in_help and sorted(in_help) == sorted(in_page)
+
+
+@every_command
+def test_reference_gives_the_default_of_every_option_that_has_one(name: str) -> None:
+    page = (ROOT / 'docs' / f'{name}.rst').read_text('utf-8')
+    texts = dict(re.findall(r'^``-.*?--([\w-]+)=.*\n((?:    .*\n)+)', page, re.M))
+    without = {'program', 'groupname', 'any', 'header', 'unix-socket', 'smtp', 'webhook'}
+    assert [option for option, text in texts.items() if option not in without and 'default' not in text.lower()] == []
+
+
+@every_command
+def test_reference_has_the_sections_of_a_man_page(name: str) -> None:
+    titles = re.findall(r'^([A-Z ]+)\n=+$', (ROOT / 'docs' / f'{name}.rst').read_text('utf-8'), re.M)
+    expected = ['SYNOPSIS', 'DESCRIPTION', 'OPTIONS', 'LOG', 'MAIL', 'EXIT STATUS', 'ENVIRONMENT', 'FILES', 'EXAMPLES',
+                'SEE ALSO']
+    assert [title for title in titles if title in expected] == expected
+
+
+@pytest.mark.parametrize('title', ['DELIVERY', 'EXIT STATUS'])
+def test_references_describe_what_is_the_same_in_the_same_words(title: str) -> None:
+    texts = set()
+    for name in NAMES:
+        page = (ROOT / 'docs' / f'{name}.rst').read_text('utf-8')
+        match = re.search(rf'^{title}\n=+\n(.*?)\n=+$', page, re.M | re.S)
+        assert match, name
+        texts.add(' '.join(match.group(1).replace(name, 'NAME').split()[:-1]))
+    assert len(texts) == 1, texts
+
+
+@every_command
 def test_readme_names_only_options_of_the_command(name: str) -> None:
     section = re.search(rf'^\*\*{name}\*\* (.*?)(?=^\*\*|^\S+\n---)', README, re.M | re.S)
     assert section, name
@@ -93,12 +128,19 @@ def test_contributing_names_every_module() -> None:
     assert modules == set(re.findall(r'^``(\w+\.py)``', text, re.M))
 
 
+def test_readme_is_read_in_ten_minutes() -> None:
+    assert len(README.splitlines()) <= 300 and len(README.split()) <= 1800
+
+
 def test_version_is_that_of_changes_and_references() -> None:
     assert re.search(rf'^{re.escape(__version__)} ', (ROOT / 'CHANGES.txt').read_text('utf-8'), re.M)
     for name in NAMES:
         assert f'\n:Version: superlance {__version__}\n' in (ROOT / 'docs' / f'{name}.rst').read_text('utf-8')
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    command = re.search(r'^    (python3 -m venv .*tox)$', README, re.M)
-    assert command and f'{{ {command.group(1)}; }}' in (ROOT / '.ci' / 'run').read_text('utf-8')
+def test_readme_has_two_commands_of_one_line_and_ci_runs_the_second() -> None:
+    venv = 'python3 -m venv .venv && .venv/bin/pip install'
+    demo, tests = re.findall(rf'^    ({re.escape(venv)} .*)$', README, re.M)
+    assert demo == f'{venv} . && .venv/bin/python -m superlance.demo'
+    assert tests == f'{venv} tox && .venv/bin/tox'
+    assert f'{{ {tests}; }}' in (ROOT / '.ci' / 'run').read_text('utf-8')
