@@ -454,7 +454,7 @@ def run(options: Options) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script('crashmail', __doc__, OPTIONS, build_options, run, argv)
+    return run_script('crashmail', __doc__, OPTIONS, build_options, run, argv, ignores_arguments=True)
 
 
 if __name__ == '__main__':

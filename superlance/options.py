@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import Any, Callable, NamedTuple, Sequence
 
 from superlance import __version__
@@ -88,12 +89,28 @@ class Given:
         return name in self._values
 
 
-def read_argv(argv: Sequence[str], table: Sequence[Option]) -> tuple[Given, list[str]]:
-    """Return the options in argv, and the arguments that are not options. Raises UsageError."""
+def read_argv(argv: Sequence[str], table: Sequence[Option], ignores_arguments: bool = False) -> tuple[Given, list[str]]:
+    """Return the options in argv, and the arguments that are not options. Raises UsageError.
+
+    superlance 2.0.0 ignored the first argument and all that followed it. If the script ignores arguments, an error
+    there is ignored, too.
+    """
+    try:
+        return _read_argv(argv, table, getopt.gnu_getopt)
+    except UsageError:
+        if ignores_arguments:
+            with suppress(UsageError):
+                given, arguments = _read_argv(argv, table, getopt.getopt)
+                if arguments:
+                    return given, arguments
+        raise
+
+
+def _read_argv(argv: Sequence[str], table: Sequence[Option], parse: Callable[..., Any]) -> tuple[Given, list[str]]:
     letters = ''.join(o.letter + (':' if o.read else '') for o in table if o.letter)
     names = [o.name + ('=' if o.read else '') for o in table]
     try:
-        pairs, arguments = getopt.gnu_getopt(list(argv), letters, names)
+        pairs, arguments = parse(list(argv), letters, names)
     except getopt.error as why:
         raise UsageError(str(why)) from why
     given = Given()
@@ -111,7 +128,7 @@ def read_argv(argv: Sequence[str], table: Sequence[Option]) -> tuple[Given, list
 
 def run_script(program: str, usage: str, table: Sequence[Option],
                build: Callable[[Given, list[str]], Any], run: Callable[[Any], int],
-               argv: Sequence[str] | None) -> int:
+               argv: Sequence[str] | None, ignores_arguments: bool = False) -> int:
     """Read a command line, do what it says and return the exit status.
 
     build converts the given options to the script's own; build and run may raise UsageError.
@@ -125,7 +142,7 @@ def run_script(program: str, usage: str, table: Sequence[Option],
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # the locale may lack characters of a name
     try:
-        given, arguments = read_argv(argv, table)
+        given, arguments = read_argv(argv, table, ignores_arguments)
         status = 0
         if 'help' in given:
             sys.stdout.write(usage)

@@ -149,9 +149,9 @@ def check_logs(watched: Iterable[Config]) -> list[str]:
 def find_log_problem(config: Config, stream: str) -> str:
     """Return why the log of a stream ('stdout' or 'stderr') can't be read through supervisord, '' if it can."""
     path = str(config.get(stream + '_logfile', ''))
+    if path == 'syslog' or (path == 'none' and config.get(stream + '_syslog')):     # 'syslog': supervisor 4.2.0
+        return 'it goes to syslog'
     if path == 'none':
-        if config.get(stream + '_syslog'):
-            return 'it goes to syslog'
         redirected = stream == 'stderr' and config.get('redirect_stderr')
         return '' if redirected else f'there is none ({stream}_logfile=NONE)'
     try:

@@ -395,6 +395,19 @@ def test_read_argv(argv: list[str], name: str, values: list[object], arguments: 
     assert (given.all(name), rest) == (values, arguments)
 
 
+@pytest.mark.parametrize('argv', [['x', '-z'], ['x', '-a', 'y'], ['x', '--any'], ['-', '-z'], ['--', '-z']])
+def test_script_that_ignores_arguments_ignores_errors_after_the_first(argv: list[str]) -> None:
+    """As superlance 2.0.0 did."""
+    options, arguments = read_argv(['-a', '1k', *argv], TABLE, ignores_arguments=True)
+    assert (options.all('any'), arguments) == ([1024], [word for word in argv if word != '--'])
+
+
+@pytest.mark.parametrize('argv', [['-z', 'x'], ['-a', 'y', 'x'], ['--any']])
+def test_script_that_ignores_arguments_reports_errors_before_the_first(argv: list[str]) -> None:
+    with pytest.raises(UsageError):
+        read_argv(argv, TABLE, ignores_arguments=True)
+
+
 def build(given: Given, arguments: list[str]) -> list[str]:
     if arguments:
         raise UsageError(f'unexpected argument {arguments[0]!r}')

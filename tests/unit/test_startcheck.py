@@ -164,6 +164,7 @@ def test_stop_time_is_that_of_what_may_be_restarted(wants: Wants, number: int) -
     ({'stdout_logfile': 'none', 'stderr_logfile': 'none'},
      'there is none (stdout_logfile=NONE)', 'there is none (stderr_logfile=NONE)'),
     ({'stdout_logfile': 'none', 'stdout_syslog': True}, 'it goes to syslog', ''),
+    ({'stdout_logfile': 'syslog'}, 'it goes to syslog', ''),
     ({'stdout_syslog': True}, '', ''),
     ({'stderr_logfile': 'none', 'redirect_stderr': True}, '', ''),
 ])
