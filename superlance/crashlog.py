@@ -24,7 +24,6 @@ PAUSE_SECONDS = 60.0
 # In a burst of crashes, one reading of supervisord's log serves all those that it covers.
 REUSE_SECONDS = 5.0
 PROCESSES_SECONDS = 60.0
-HELPER_SECONDS = 5.0
 
 # supervisord can't send a log that begins within a UTF-8 character. It appends a traceback to the log each time, which
 # moves the window too: if by 3n + 2 bytes, every 1 byte less would begin within a character of 3 bytes again.
@@ -116,9 +115,9 @@ class Calls:
             if self._clock() - started >= LATE_SECONDS:
                 self._resume_at = self._clock() + PAUSE_SECONDS
 
-    def call_in_helper(self, method: str, interrupt: ExitRequest | None) -> Any:
+    def call_in_helper(self, method: str, seconds: float, interrupt: ExitRequest | None) -> Any:
         """Call a method before the first crash. Raises Unknown and Refused."""
-        answer, = self._make(self._environment, HELPER_SECONDS).call_in_helper([(method,)], HELPER_SECONDS, interrupt)
+        answer, = self._make(self._environment, seconds).call_in_helper([(method,)], seconds, interrupt)
         return answer
 
 
@@ -131,10 +130,10 @@ class Processes:
         self._infos: dict[str, Mapping[str, Any]] = {}      # by namespec
         self._read_at = float('-inf')
 
-    def learn(self, interrupt: ExitRequest | None) -> None:
-        """Get to know the processes before the first crash, if supervisord answers."""
+    def learn(self, seconds: float, interrupt: ExitRequest | None) -> None:
+        """Get to know the processes before the first crash, if supervisord answers within so many seconds."""
         with suppress(Unknown, Refused):    # else they are read at the first crash
-            self._replace(lambda: self._calls.call_in_helper('getAllProcessInfo', interrupt))
+            self._replace(lambda: self._calls.call_in_helper('getAllProcessInfo', seconds, interrupt))
 
     def refresh(self, since: float) -> None:
         """Read the list of processes again unless it is from after since. Raises Unknown and Refused."""
@@ -288,10 +287,10 @@ class Investigator:
 
             self._logs = ProcessLogs(self._calls, self._processes, tail_lines)
 
-    def prepare(self, interrupt: ExitRequest | None = None) -> None:
+    def prepare(self, seconds: float, interrupt: ExitRequest | None = None) -> None:
         """Get to know the paths of the logs, so that they can be read at once when a process crashes."""
         if self._logs:
-            self._processes.learn(interrupt)
+            self._processes.learn(seconds, interrupt)
 
     def investigate(self, group: str, program: str, pid: str, with_logs: bool) -> Findings:
         """Return what is to be known; pid is '' if supervisord gave up starting the process."""

@@ -53,6 +53,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
 
 from superlance import __version__, mail
+from superlance.command import Deadline
 from superlance.listener import Event, ExitRequest, Log, exit_request, listen, make_log, parse_tokens, timestamp
 from superlance.options import (
     COMMON_OPTIONS,
@@ -82,6 +83,7 @@ FATAL = 'PROCESS_STATE_FATAL'
 # So many different logs in one mail; the other crashes have their line only.
 LOGS_IN_MAIL = 50
 NAMES_IN_SUBJECT = 10
+START_SECONDS = 5.0   # events are waiting
 SHUTDOWN_CALL_SECONDS = 5
 SHUTDOWN_FIRST_RETRY_SECONDS = 1.0
 SHUTDOWN_LAST_RETRY_SECONDS = 60.0
@@ -377,9 +379,11 @@ class Crashmail:
     def start(self) -> None:
         """Log what this listener does, and what would keep it from doing that."""
         self._log(describe(self._options))
+        deadline = Deadline(START_SECONDS)
         self._start_check.run()
-        if self._options.tail_lines:
-            self._get_investigator().prepare(self._exit_request)
+        # If there is no time left, supervisord does not answer.
+        if self._options.tail_lines and deadline.seconds_left() > 0:
+            self._get_investigator().prepare(deadline.seconds_left(), self._exit_request)
 
     def handle(self, event: Event) -> None:
         try:

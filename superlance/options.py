@@ -100,7 +100,9 @@ def read_argv(argv: Sequence[str], table: Sequence[Option], ignores_arguments: b
     except UsageError:
         if ignores_arguments:
             with suppress(UsageError):
-                return _read_argv(argv, table, getopt.getopt)   # stops at the first argument
+                given, arguments = _read_argv(argv, table, getopt.getopt)
+                if arguments:
+                    return given, arguments
         raise
 
 

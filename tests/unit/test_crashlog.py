@@ -344,16 +344,16 @@ def test_processes_that_could_not_be_read_at_start_are_read_later() -> None:
     calls = Calls({}, supervisord, lambda: supervisord.now)  # type: ignore[arg-type]
     calls.begin()
     processes = Processes(calls, lambda: supervisord.now)
-    processes.learn(None)
+    processes.learn(5, None)
     assert processes.find_paths('web:web') is None
     processes.refresh(supervisord.now)
     assert processes.find_paths('web:web') == {'stdout': '', 'stderr': ''}
 
 
 def test_prepare_reads_the_processes_only_for_tail(supervisord: FakeSupervisord) -> None:
-    supervisord.make_investigator().prepare()
+    supervisord.make_investigator().prepare(5)
     assert supervisord.calls == []
-    supervisord.make_investigator(5).prepare()
+    supervisord.make_investigator(5).prepare(5)
     assert supervisord.calls == [('getAllProcessInfo',)]
 
 

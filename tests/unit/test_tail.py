@@ -76,7 +76,7 @@ def read(supervisord: FakeSupervisord) -> Read:
     def read(lines: int = 5, namespec: str = 'web:web', pid: object = 10) -> str:
         calls.begin()
         if lines not in readers:
-            processes.learn(None)
+            processes.learn(5, None)
             readers[lines] = ProcessLogs(calls, processes, lines)
         return readers[lines].read(namespec, str(pid))
     return read
@@ -360,7 +360,8 @@ def test_logs_that_supervisord_can_not_send(read: Read, supervisord: FakeSupervi
     supervisord.logs = {'stdout': b'\xff' * 10 + b'\n', 'stderr': b'words\n'}
     assert read() == (
         'The last lines of its stderr log:\n  words\n\n'
-        'Could not read more of its logs through supervisord: answered readProcessStdoutLog with 500 Internal Server Error')
+        'Could not read more of its logs through supervisord: '
+        'answered readProcessStdoutLog with 500 Internal Server Error')
     supervisord.logs = {'stdout': b'\xff' * 10 + b'\n' + b'\xff', 'stderr': b'words\n' + b'\xff'}
     assert read().count('500') == 1
     supervisord.logs['stdout'] += b'more\n'
