@@ -210,18 +210,6 @@ def test_foreign_process_over_the_limit_costs_one_call(world: World) -> None:
         assert world.find_restarted() == ['web:web']
 
 
-def test_cumulative_includes_descendants(world: World) -> None:
-    families = [f"900001 {world.pids['web:web']} 60", '900002 900001 60', f"900003 {world.pids['foo:foo']} 60"]
-    world.show({name: 90 for name in ALL}, families)
-    with world.memmon('-a', '200KB') as listener:
-        listener.tick()
-        assert world.find_restarted() == []
-    with world.memmon('-a', '200KB', '-c') as listener:
-        listener.tick()
-        assert world.find_restarted() == ['web:web']
-        listener.wait_for_log(f"pid {world.pids['web:web']}: 210.0KB, over")
-
-
 def test_cumulative_finds_a_real_child(tmp_path: Path) -> None:
     """The child uses the memory, and ps is the real one."""
     (tmp_path / 'use.py').write_text(
@@ -237,14 +225,6 @@ def test_cumulative_finds_a_real_child(tmp_path: Path) -> None:
             listener.tick()
             assert supervisord.wait_for_restart('family', pid), listener.log
         assert len(find_children(supervisord.pid)) == 1
-
-
-def test_samples(world: World) -> None:
-    with world.memmon('-a', '100KB', '--samples=2') as listener:
-        for used_kib, restarted in [(USED_KIB, []), (100, []), (USED_KIB, []), (USED_KIB, ['web:web'])]:
-            world.show({'web:web': used_kib})
-            listener.tick()
-            assert world.find_restarted() == restarted
 
 
 def test_samples_start_again_after_a_restart_that_failed(world: World) -> None:
