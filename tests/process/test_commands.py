@@ -50,15 +50,8 @@ def make_crash(program: str = 'web', group: str = '') -> tuple[str, str]:
 
 
 SERVED = {'memmon': TICK, 'httpok': TICK, 'crashmail': make_crash()}
-
-
-def is_warning_or_start(line: str) -> bool:
-    return re.match(r'\S+ \S+ (\w+): (\1 \d|warning: )', line) is not None
-
-
-def get_work(log: str) -> list[str]:
-    """Return the lines of a log without those of the start."""
-    return [line for line in log.splitlines() if not is_warning_or_start(line)]
+# What the log has for each event that is served.
+LOGGED = {'httpok': f' httpok: {URL}: ', 'crashmail': ' (pid 123) '}
 
 
 # The protocol.
@@ -69,7 +62,7 @@ def test_stdout_is_the_protocol_and_nothing_else(name: str) -> None:
         command.write(make_event(*SERVED[name]) * 3)
         assert command.close() == 0
         assert command.process.stdout and command.process.stdout.read() == acknowledge(3)
-    assert len(get_work(command.log)) == {'httpok': 3, 'crashmail': 3, 'memmon': 0}[name], command.log
+    assert name == 'memmon' or command.log.count(LOGGED[name]) == 3, command.log
 
 
 def count_unread(pipe: Any) -> int:
@@ -172,7 +165,7 @@ def test_listener_without_stdin_exits(name: str, closed: tuple[int, ...]) -> Non
     with Listener(ARGUMENTS[name], preexec_fn=lambda: close_all(closed)) as command:
         assert command.process.wait(TIMEOUT) == 0
         assert command.process.stdout and command.process.stdout.read() == (b'' if 1 in closed else READY)
-    assert get_work(command.log) == []
+    assert 'Traceback' not in command.log
 
 
 @every_command
@@ -331,7 +324,7 @@ def answer(client: Any) -> None:
     (['memmon', '-a', '100TB'], 300, 50),
     (['memmon', '-c', '-p', 'web=100TB'], 100, 50),
     (['crashmail'], 1000, 50),
-    (['crashmail', '-m', 'bob@example.com', '-s', ':'], 400, 200),
+    (['crashmail', '-m', 'bob@example.com', '-s', ':'], 200, 100),
     (['httpok', '-b', 'ok', 'http://localhost:1/'], 300, 100),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else str(value))
 def test_long_life_costs_no_more_than_a_short_one(arguments: list[str], events: int, warm_up: int,
