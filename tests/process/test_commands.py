@@ -297,6 +297,24 @@ def test_command_is_utf_8_in_any_locale(locale: dict[str, str]) -> None:
     assert done.stdout == rb"'gr\xf6\xdfe'" + b'\n' + rb"'gr\xf6\xdfe'" + b'\n', done.stderr
 
 
+# memmon's ps.
+
+def test_ps_runs_once_per_tick_in_the_c_locale_and_without_the_protocol_s_streams(tmp_path: Path) -> None:
+    write_script(tmp_path / 'ps', 'exec 3>>"$CALLS"\n{ echo "$LC_ALL $*"; /bin/cat; /bin/readlink /proc/self/fd/0; '
+                                  '/bin/readlink /proc/self/fd/1 /proc/self/fd/2; } >&3\necho 1 0 100\n')
+    calls = tmp_path / 'calls'
+    with Listener(ARGUMENTS['memmon'], {'PATH': str(tmp_path), 'LC_ALL': 'C.UTF-8', 'CALLS': str(calls)}) as command:
+        streams = get_streams(command.pid)
+        for number in range(3):
+            command.serve_event('PROCESS_GROUP_ADDED', 'groupname:web\n')
+            command.tick()
+            assert read(calls).count('C -A -o pid= -o ppid= -o rss=\n') == number + 1
+        command.expect(READY)
+        assert command.close() == 0
+    assert read(calls).count('-A') == 3
+    assert streams[0] not in read(calls).split() and streams[1] not in read(calls).split()
+
+
 # A long life.
 
 class Usage(NamedTuple):
