@@ -306,21 +306,23 @@ class Httpok:
             raise Skipped(f'{url}: check abandoned: httpok is shutting down')
         verdict = judge(response, self._options.check)
         self._skipped = ''
-        if verdict.text:
-            self._handle_bad(verdict, began)
-        elif isinstance(response, Response):
+        if isinstance(response, Response) and not verdict.text:
             self._handle_good(response)
+        else:
+            self._handle_bad(verdict, began)
 
     def _handle_good(self, response: Response) -> None:
         url, self._left_alone = self._options.check.url, ''
         words = f'status {response.status} in {response.seconds:.3f}s'
+        restarts = self._outage.restarts
         seconds = self._outage.note_good(time.monotonic())
-        if seconds is None:
-            if self._options.verbose:
-                self._log(f'{url}: {words}')
-            return
-        self._log(f'{url}: recovered after {format_duration(seconds)}: {words}')
-        self._mail(f'{url}: recovered after {format_duration(seconds)}', [words])
+        if seconds is not None:
+            recovered = f'recovered after {format_duration(seconds)}'
+            self._log(f'{url}: {recovered}: {words}')
+            lines = [words, f"{recovered} and {count(restarts, 'restart')}"] if self._options.names else [words]
+            self._mail(f'{url}: {recovered}', lines)
+        elif self._options.verbose:
+            self._log(f'{url}: {words}')
 
     def _handle_bad(self, verdict: Verdict, check_began: float) -> None:
         """Restart what is to be restarted after a failed check, and send mail if it is time to. Raises Skipped."""
@@ -443,7 +445,6 @@ class Httpok:
         self._outcomes = []
         is_restarted = self._restarter.retry()
         self._mail_late()
-        self._outcomes = []
         return is_restarted
 
     def _mail_late(self) -> None:
@@ -462,7 +463,8 @@ class Httpok:
         lines = [*self._lines, *(f'{describe_process(fate.process)}: {fate.text}' for fate in fates)]
         seconds = self._outage.seconds(time.monotonic())
         if seconds >= 1:
-            lines.append(f"failing for {format_duration(seconds)}, {count(self._outage.restarts, 'restart')} so far")
+            restarts = f", {count(self._outage.restarts, 'restart')} so far" if self._options.names else ''
+            lines.append(f'failing for {format_duration(seconds)}{restarts}')
         self._mail(f"{self._options.check.url}: {verdict.subject}{f' ({summary})' if summary else ''}", lines)
 
     def _mail(self, subject: str, lines: Sequence[str]) -> None:

@@ -260,6 +260,7 @@ def test_an_outage_with_a_restart_at_every_tick(make_rig: Callable[..., Rig]) ->
                                'idle (STOPPED): left alone: not RUNNING\n')
     assert rig.tick(500, 500) == ([BAD_LINE, 'restarted web'] * 2, [])
     assert rig.tick(200) == (['recovered after 15s: status 200 in 0.250s'], ['recovered after 15s'])
+    assert rig.mails[-1][1] == f'{URL}\n\nstatus 200 in 0.250s\nrecovered after 15s and 3 restarts\n'
     assert rig.supervisor.calls == ['stop web', 'start web'] * 3
     assert rig.tick(200, 200) == ([], [])
 
@@ -283,6 +284,10 @@ def test_without_a_program_it_only_sends_mail(make_rig: Callable[..., Rig]) -> N
     assert subject == f'httpok [site\nBcc: x]: {URL}: {BAD}'    # the mail makes it one line
     assert text == f'{URL}\n\n{BAD_LINE}\n'
     assert rig.supervisor.calls == ['getState']
+    rig.tick(500, seconds=3600)
+    assert rig.mails[-1][1] == f'{URL}\n\n{BAD_LINE}\nfailing for 1h\n'
+    rig.tick(200)
+    assert rig.mails[-1][1] == f'{URL}\n\nstatus 200 in 0.250s\n'
 
 
 def test_names_of_groups_and_the_own_pool(make_rig: Callable[..., Rig]) -> None:
@@ -485,6 +490,42 @@ def test_a_signal_in_a_row_of_restarts_completes_one_and_begins_no_other(
     assert rig.tick(500)[1] == [f'{BAD} (restarted web)']
     assert rig.supervisor.calls == ['stop web', 'start web']
     assert '): left alone: httpok is shutting down\n' in rig.mails[0][1]
+
+
+def test_a_signal_during_a_core_dump_restarts_and_mails_nothing(make_rig: Callable[..., Rig],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web', '-d', '/nonexistent')
+
+    def dump_core(process: Process) -> None:
+        rig.request.requested = True
+    monkeypatch.setattr(rig.httpok, '_dump_core', dump_core)
+    assert rig.tick(500) == ([BAD_LINE, f'{BAD_LINE} (ignored: httpok is shutting down)'], [])
+    assert rig.supervisor.calls == []
+
+
+def test_a_signal_while_supervisord_is_asked_for_its_state_mails_nothing(make_rig: Callable[..., Rig],
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make_rig(FakeSupervisor())
+
+    def call(method: str) -> None:
+        rig.request.requested = True
+    monkeypatch.setattr(rig.supervisor, 'call', call)
+    assert rig.tick(500) == ([f'{BAD_LINE} (ignored: httpok is shutting down)'], [])
+
+
+def test_another_fault_than_shutdown_is_no_shutdown(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(FakeSupervisor())
+    rig.supervisor.fault = Refused('FAILED', 'no')
+    assert rig.tick(500)[1] == [BAD]
+
+
+def test_an_outcome_is_not_mailed_again_at_exit(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')
+    monkeypatch.setattr(rig.httpok._restarter, 'restart', lambda process, prepare: rig.httpok._note_outcome(
+        Outcome(process, Result.START_FAILED, 'failed to start web')))
+    rig.tick(500)
+    rig.httpok.finish()
+    assert len(rig.mails) == 1
 
 
 @pytest.mark.parametrize(('result', 'subject'), [

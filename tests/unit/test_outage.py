@@ -69,6 +69,7 @@ def play(events: list[tuple[float, Event]], failures: int = 1, grace: float = 0,
     ([(5, RESTARTED), (185, GOOD), (190, GOOD)], {}, [5, (185, 180)]),
     # the next outage is mailed again, with all its kinds
     ([(5, RESTARTED), (10, GOOD), (15, RESTARTED), (20, GOOD)], {}, [5, (10, 5), 15, (20, 5)]),
+    ([(5, RESTARTED), (10, GOOD), (15, FAILED), (20, RESTARTED)], {}, [5, (10, 5), 15, 20]),
     # the duration begins with the first failed check
     ([(1, GOOD), (5, BAD), (10, BAD), (15, RESTARTED), (20, GOOD)], {'failures': 3}, [15, (20, 15)]),
     # ok, good: the count starts again, and there is no mail
