@@ -6,7 +6,7 @@ import select
 import signal
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Callable, Sequence
 
 from superlance.listener import ExitRequest, one_line
 
@@ -108,10 +108,12 @@ def _communicate(process: Popen[bytes], message: bytes, seconds_left: Callable[[
             wait_seconds = 0.0 if exited else max(0.0, min(seconds_left(), POLL_SECONDS))
             if selector.get_map():
                 for key, _ in selector.select(wait_seconds):
-                    if not (_read_some(key.fd, output) if key.fileobj is process.stdout
-                            else _write_some(key.fd, unsent)):
-                        selector.unregister(key.fileobj)
-                        _close_input(process, key.fileobj)
+                    if key.fileobj is process.stdout:
+                        if not _read_some(key.fd, output):
+                            selector.unregister(process.stdout)
+                    elif not _write_some(key.fd, unsent):
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
             else:
                 with suppress(TimeoutExpired):
                     process.wait(wait_seconds)
@@ -139,11 +141,6 @@ def _write_some(fd: int, unsent: bytearray) -> bool:
     except BrokenPipeError:
         return False    # the command does not read all of its input
     return bool(unsent)
-
-
-def _close_input(process: Popen[bytes], pipe: Any) -> None:
-    if pipe is process.stdin:
-        pipe.close()
 
 
 def _kill(process: Popen[bytes]) -> None:

@@ -122,7 +122,7 @@ def write_files(folder: Path) -> str:
     sections = [CONFIGURATION]
     for name, text in PROGRAMS.items():
         folder.joinpath(f'{name}.py').write_text(text.replace('PORT', port), 'utf-8')
-        sections.append(f'[program:{name}]\ncommand={python} {name}.py\nstdout_logfile={name}.log\n')
+        sections.append(f'[program:{name}]\ncommand={python} {name}.py\nstdout_logfile={name}.log\nstopwaitsecs=5\n')
     listeners = LISTENERS.replace('PORT', port)
     sections.append(re.sub(r'command=(\w+) (.*)', lambda match: (
         f"command={python} -m superlance.{match[1]} -s 'cat >> mail.log' {match[2]}\n"
@@ -163,7 +163,7 @@ class Story:
         return [task for task, proof in TASKS[who].items() if not re.search(proof, self.text)]
 
     def find_pids(self, name: str) -> list[str]:
-        return re.findall(rf"spawned: '{name}' with pid (\d+)", self.text)
+        return re.findall(f"spawned: '{name}' with pid (\\d+)", self.text)
 
     def print_summary(self) -> None:
         for who, name, numbers in zip(TASKS, PROGRAMS, (self.memory or 'no ps', 'hung for 2 s', 'exit status 1')):
@@ -192,14 +192,15 @@ def watch(supervisord: subprocess.Popen[bytes], story: Story) -> str:
         time.sleep(0.2)
 
 
-def stop(supervisord: subprocess.Popen[bytes], pids: Sequence[str]) -> None:
+def stop(supervisord: subprocess.Popen[bytes], folder: Path) -> None:
     """Stop supervisord and the processes that it has started."""
     supervisord.terminate()
     with suppress(subprocess.TimeoutExpired):
         supervisord.wait(STOP_SECONDS)
     supervisord.kill()
     supervisord.wait()
-    for pid in map(int, pids):
+    log = folder / 'supervisord.log'
+    for pid in map(int, re.findall(rb"spawned: '.*' with pid (\d+)", log.read_bytes() if log.exists() else b'')):
         with suppress(OSError):     # it has exited
             if os.getsid(pid) == supervisord.pid:   # else the pid has been reused
                 os.kill(pid, signal.SIGKILL)
@@ -211,11 +212,10 @@ def run(command_line: tuple[Given, list[str]]) -> int:
     if arguments:
         raise UsageError(f'unexpected argument {arguments[0]!r}; the only option is --keep')
     # The path of a unix socket has at most 103 bytes on BSDs, and supervisord first appends its pid.
-    is_short = len(os.fsencode(tempfile.gettempdir())) < 50
-    folder = Path(tempfile.mkdtemp(prefix='superlance-demo-', dir=None if is_short else '/tmp'))
+    folder = Path(tempfile.mkdtemp('', 'superlance-demo-', '/tmp' if len(tempfile.gettempdir()) > 50 else None))
     story = Story(folder)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, _: story.signals.append(signum))
+        signal.signal(signum, lambda number, _: story.signals.append(number))
     try:
         sections = write_files(folder)
         print(HEADER.format(re.sub('(?m)^(?=.)', '  ', sections), folder), flush=True)
@@ -230,7 +230,7 @@ def run(command_line: tuple[Given, list[str]]) -> int:
             if not story.signals:
                 story.print_summary()
         finally:
-            stop(supervisord, story.find_pids('.*'))
+            stop(supervisord, folder)
     finally:
         if 'keep' not in given:
             shutil.rmtree(folder, ignore_errors=True)

@@ -268,8 +268,8 @@ class Memmon:
         wants = describe_wants(options)._replace(read_pids=self._read_memory)
         self._start_check = StartCheck('memmon', wants, environment, self._log, request)
         self._smallest_bytes = min(limit.size_bytes for limit in options.limits)
-        # How many bytes (pid, parent pid) may use before supervisord has to be asked again; None: any number, since
-        # it is not a process of supervisord or has no limit.
+        # How many bytes (pid, parent pid) may use before supervisord has to be asked again. None stands for any
+        # number: the process is not one of supervisord's, or has no limit.
         self._known: dict[tuple[int, int], int | None] = {}
         self._known_since = time.monotonic()
         self._samples: dict[tuple[str, int], int] = {}

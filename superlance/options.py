@@ -100,9 +100,7 @@ def read_argv(argv: Sequence[str], table: Sequence[Option], ignores_arguments: b
     except UsageError:
         if ignores_arguments:
             with suppress(UsageError):
-                given, arguments = _read_argv(argv, table, getopt.getopt)
-                if arguments:
-                    return given, arguments
+                return _read_argv(argv, table, getopt.getopt)   # stops at the first argument
         raise
 
 

@@ -148,7 +148,7 @@ class Schedule:
             self._failed.add(entry, now, why.pause_seconds)
 
     def close(self) -> None:
-        """Let each notice that waits be taken once more, now."""
+        """Let each notice that waits be taken once more, now; none after a failed login or status 429."""
         self.is_closing = True
         self.paused_until = -math.inf
         for failed in (self._failed, self._rejected):

@@ -4,7 +4,9 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from contextlib import suppress
 from enum import Enum
+from glob import glob
 from typing import Callable, NamedTuple
 
 from superlance.command import CommandFailed, Deadline, run_command
@@ -17,12 +19,17 @@ FOLLOW_SECONDS = 60
 BACKOFF_SECONDS = 10
 LOOK_SECONDS = 0.1
 MAX_LOST_CALLS = 3
-# A failed start is repeated at the next tick, and then after these times.
-FIRST_RETRY_SECONDS = 60
-LAST_RETRY_SECONDS = 600
+# When a failed start is repeated: at once, at the next tick, and then after these times.
+RETRY_SECONDS = (0, 0, 60, 120, 240, 480, 600)
+# Answers to a start.
+ACCEPTED, LOST, SPAWN_ERROR = 'ACCEPTED', 'LOST', 'SPAWN_ERROR'
+# Faults after which supervisord will not start the process: it has been removed, or supervisord is shutting down.
+FINAL_FAULTS = ('BAD_NAME', 'SHUTDOWN_STATE')
 # Child processes that are still there after this time outlived the stop.
 SURVIVE_SECONDS = 2
+PS = ('ps', '-A', '-o', 'pid=', '-o', 'pgid=', '-o', 'stat=')
 PS_SECONDS = 10
+NO_RETRY = 'not started again, as the listener is shutting down'
 
 
 class Result(Enum):
@@ -77,22 +84,19 @@ class Step(Enum):
 
 
 class StoppedProcess:
-    """A process that was stopped here and is not known to run again; times are by the restarter's clock."""
+    """A process that was stopped here, or may have been, and is not known to run again.
+
+    Times are by the restarter's clock.
+    """
 
     def __init__(self, checked: Process) -> None:
         self.checked = checked
-        self.is_stopped = False
-        self.trouble = ''                       # what went wrong last, in words
+        self.is_stopped = False                 # as far as is known
+        self.trouble = ''                       # what went wrong since the last start, in words
         self.lost_calls = 0                     # in a row
-        self.followed_since = 0.0
-        # Our last start.
-        self.started_at = 0.0
-        self.is_start_pending = False           # its outcome is not known
-        self.is_start_accepted = False
-        self.is_start_refused = False
-        self.is_failure_reported = False
+        self.since = 0.0                        # its last start, or the first look of this tick
+        self.start_answer: str | None = None    # to our last start: ACCEPTED, LOST or a fault; None: it has failed
         self.failed_start: int | None = None    # supervisord's start time of our last start that failed
-        self.may_repeat = True                  # a failed start, at once
         self.failures = 0
         self.retry_at = 0.0
         self.reported: set[str] = set()
@@ -105,15 +109,20 @@ def find_next_step(stopped: StoppedProcess, current: Process) -> Step:
     supervisord changes the start time at each start. If it is neither that of the checked process nor that of our
     failed start, then a start of ours whose outcome is open, or somebody else, has changed it.
     """
-    if current.state == State.RUNNING:
-        is_same = current.pid == stopped.checked.pid and not stopped.is_start_accepted
-        return Step.UNTOUCHED if is_same else Step.DONE
-    if current.state in (State.STARTING, State.STOPPING, State.BACKOFF):
+    checked, state = stopped.checked, current.state
+    if state in (State.RUNNING, State.STARTING) and (current.pid, current.start) == (checked.pid, checked.start):
+        return Step.UNTOUCHED
+    if state == State.RUNNING:
+        return Step.DONE
+    if state in (State.STARTING, State.STOPPING, State.BACKOFF):
         return Step.WAIT
-    if current.state == State.STOPPED:
-        return Step.START if current.start == stopped.checked.start else Step.LEAVE
-    if stopped.is_start_pending:
-        return Step.FAILED if current.state == State.FATAL else Step.DONE
+    if state == State.STOPPED:
+        is_ours = current.start == checked.start and stopped.start_answer != ACCEPTED
+        return Step.START if is_ours else Step.LEAVE
+    # Faults other than SPAWN_ERROR precede the start of a process (supervisor/rpcinterface.py).
+    if stopped.start_answer in (ACCEPTED, LOST, SPAWN_ERROR):
+        # If startsecs is 0, a process may be EXITED after SPAWN_ERROR.
+        return Step.FAILED if state == State.FATAL or stopped.start_answer == SPAWN_ERROR else Step.DONE
     return Step.START if current.start == stopped.failed_start else Step.LEAVE
 
 
@@ -157,23 +166,23 @@ class Restarter:
 
         prepare is called if the process is really going to be stopped.
         """
-        if (checked.namespec, checked.pid) in self._dry_runs or checked.namespec in self._stopped \
-                or self._is_limited(checked):
+        is_known = checked.namespec in self._stopped or (checked.namespec, checked.pid) in self._dry_runs
+        if is_known or self._is_limited(checked):
             return
         if self._dry_run:
             self._dry_runs.add((checked.namespec, checked.pid))
             self._count(checked)
             self._report(Outcome(checked, Result.DRY_RUN, f'dry run: would have restarted {checked.title}'))
             return
-        if prepare:
-            changed = self._find_change(checked)
-            if changed:
-                self._report(changed)
-                return
+        outcome = self._find_change(checked)
+        if prepare and not outcome:
             prepare(checked)
+            outcome = self._find_change(checked)    # prepare may take minutes
+        if not outcome:
             if self._request.requested:
                 return
-        self._report(self._find_change(checked) or self._restart(checked))
+            outcome = self._restart(checked)
+        self._report(outcome)
         self._last_end = self._wall_clock()
 
     def retry(self) -> bool:
@@ -181,14 +190,10 @@ class Restarter:
         is_restarted = False
         for stopped in list(self._stopped.values()):
             outcome = self._bring_back(stopped)
-            if not outcome:
-                continue
-            self._count_once(stopped, outcome)
-            if outcome.result is Result.RESTARTED:
+            if outcome and outcome.result is Result.RESTARTED:
                 is_restarted = True
                 self._last_end = self._wall_clock()
-            if outcome.text not in stopped.reported:
-                stopped.reported.add(outcome.text)
+            if outcome and self._note(stopped, outcome):
                 self._report(outcome)
         return is_restarted
 
@@ -219,10 +224,14 @@ class Restarter:
         if self._limit:
             self._restarts.setdefault(process.namespec, deque(maxlen=self._limit.times)).append(self._clock())
 
-    def _count_once(self, stopped: StoppedProcess, outcome: Outcome) -> None:
+    def _note(self, stopped: StoppedProcess, outcome: Outcome) -> bool:
+        """Count the restart, once, and return whether the outcome is new."""
         if outcome.result in COUNTED and not stopped.is_counted:
             stopped.is_counted = True
             self._count(stopped.checked)
+        is_new = outcome.text not in stopped.reported
+        stopped.reported.add(outcome.text)
+        return is_new
 
     # The stop.
 
@@ -241,7 +250,7 @@ class Restarter:
 
     @staticmethod
     def _fail_to_stop(checked: Process, why: Exception) -> Outcome:
-        is_left_alone = isinstance(why, Refused) and why.fault in ('SHUTDOWN_STATE', 'BAD_NAME')
+        is_left_alone = isinstance(why, Refused) and why.fault in (*FINAL_FAULTS, 'NOT_RUNNING')
         return make_outcome(checked, Result.LEFT_ALONE if is_left_alone else Result.STOP_FAILED, str(why))
 
     def _restart(self, checked: Process) -> Outcome:
@@ -255,8 +264,7 @@ class Restarter:
             stopped.trouble = str(why)
         self._stopped[checked.namespec] = stopped
         outcome = self._follow(stopped, Step.START if stopped.is_stopped else Step.LOOK)
-        self._count_once(stopped, outcome)
-        stopped.reported.add(outcome.text)
+        self._note(stopped, outcome)
         return self._add_survivors(stopped, outcome)
 
     def _add_survivors(self, stopped: StoppedProcess, outcome: Outcome) -> Outcome:
@@ -270,12 +278,13 @@ class Restarter:
             survivors &= self._find_members(checked.pid)
         if not survivors:
             return outcome
-        # A program with numprocs is a group of its own name; its processes are called web_00, web_01 and so on.
-        section = checked.group if checked.program.startswith(checked.group) else checked.program
-        plural = ('process', 'pid') if len(survivors) == 1 else ('processes', 'pids')
+        # The processes of a program with numprocs are called web_00, web_01 and so on, their group web.
+        is_numbered = checked.program.rstrip('0123456789').rstrip('-_.:') in ('', checked.group)
+        section = checked.group if is_numbered else checked.program
+        pids = ', '.join(map(str, sorted(survivors)))
         return outcome._replace(text=(
-            f'{outcome.text}, but {len(survivors)} of its child {plural[0]} outlived the stop '
-            f"({plural[1]} {', '.join(map(str, sorted(survivors)))}): set stopasgroup=true and killasgroup=true "
+            f"{outcome.text}, but {len(survivors)} of its child processes outlived the stop "
+            f"({'pid' if len(survivors) == 1 else 'pids'} {pids}): set stopasgroup=true and killasgroup=true "
             f'in [program:{section}]'))
 
     # The start.
@@ -287,34 +296,33 @@ class Restarter:
         """
         try:
             current = self._supervisor.get_process(stopped.checked.namespec)
+            step = find_next_step(stopped, current)
         except Refused as why:
-            return self._forget(stopped, Result.LEFT_ALONE, str(why))
+            return self._note_trouble(stopped, why)
         except Unknown:
-            return None
-        step = find_next_step(stopped, current)
+            step = Step.LOOK
+        if step in (Step.LOOK, Step.WAIT):
+            return self._follow(stopped, Step.LOOK) if self._is_finishing else None
         if step is Step.UNTOUCHED:
             self._forget(stopped, Result.STOP_FAILED)
             return None     # it has been reported already
         if step in (Step.DONE, Step.LEAVE):
             return self._settle(stopped, step, current)
-        if step is Step.FAILED:
-            self._note_failed_start(stopped, current)
-            if not stopped.is_failure_reported:
-                return self._fail(stopped, current.spawn_error)
-        elif step is Step.WAIT:
-            return None
         stopped.is_stopped = True
+        outcome = self._note_failed_start(stopped, step, current) if stopped.start_answer else None
         if self._clock() < stopped.retry_at and not self._is_finishing:
-            return None
+            return outcome
         return self._follow(stopped, Step.START)
 
     def _follow(self, stopped: StoppedProcess, step: Step) -> Outcome:
         """Start a process, or look at it first, and follow it until it runs or can't be started now."""
-        stopped.followed_since = self._clock()
+        stopped.since = self._clock()
         stopped.lost_calls = 0
+        is_tried = False
         while True:
             try:
-                if step is Step.START:
+                if step in (Step.START, Step.FAILED):
+                    is_tried = True
                     self._start(stopped)
                     if self._is_exiting():
                         return self._forget(stopped, Result.RESTARTED, 'its start was accepted')
@@ -324,41 +332,33 @@ class Restarter:
             else:
                 stopped.lost_calls = 0
                 step = find_next_step(stopped, current)
-                outcome = self._take(stopped, step, current)
+                outcome = self._take(stopped, step, current, is_tried)
             if outcome:
                 return outcome
-            if step is Step.FAILED:
-                step = Step.START
-            elif step is not Step.START:
-                self._sleep(LOOK_SECONDS)
+            self._sleep(LOOK_SECONDS)
 
     def _start(self, stopped: StoppedProcess) -> None:
         """Ask supervisord for a start, which answers as soon as it is accepted. Raises Refused and Unknown."""
-        was_pending, stopped.is_start_pending = stopped.is_start_pending, True  # even if the answer is lost
-        stopped.started_at = self._clock()
-        stopped.is_start_accepted = stopped.is_start_refused = stopped.is_failure_reported = False
+        stopped.since = self._clock()
+        stopped.trouble = ''
+        stopped.start_answer = LOST
         try:
             self._supervisor.call('startProcess', stopped.checked.namespec, False)
-            stopped.is_start_accepted = True
         except Refused as why:
-            stopped.is_start_refused = True
-            # Other faults precede the start of a process (supervisor/rpcinterface.py).
-            stopped.is_start_pending = was_pending or why.fault in ('SPAWN_ERROR', 'ABNORMAL_TERMINATION')
+            stopped.start_answer = why.fault
             raise
+        stopped.start_answer = ACCEPTED
 
     def _note_trouble(self, stopped: StoppedProcess, why: Exception) -> Outcome | None:
         """Return the outcome if it is known; else the next look at the process shows it."""
-        if isinstance(why, Refused):
-            if why.fault in ('BAD_NAME', 'SHUTDOWN_STATE'):
-                return self._forget(stopped, Result.LEFT_ALONE, str(why))
-            stopped.trouble = str(why)
-            return None
-        stopped.lost_calls += 1
+        if isinstance(why, Refused) and why.fault in FINAL_FAULTS:
+            return self._forget(stopped, Result.LEFT_ALONE, str(why))
         stopped.trouble = stopped.trouble or str(why)
+        stopped.lost_calls += 1
         return self._give_up(stopped) if stopped.lost_calls == MAX_LOST_CALLS else None
 
-    def _take(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome | None:
-        """Return the outcome, None if the process has to be followed further."""
+    def _take(self, stopped: StoppedProcess, step: Step, current: Process, is_tried: bool) -> Outcome | None:
+        """Return the outcome, None if the process has to be started or followed further."""
         if step is Step.UNTOUCHED:
             return self._give_up(stopped)
         stopped.is_stopped = stopped.is_stopped or current.state != State.STOPPING
@@ -366,26 +366,19 @@ class Restarter:
             return self._settle(stopped, step, current)
         if step is Step.WAIT:
             return self._wait(stopped, current)
-        if step is Step.FAILED:
-            self._note_failed_start(stopped, current)
-        elif not stopped.is_start_refused:
-            return None
-        if stopped.may_repeat:
-            stopped.may_repeat = stopped.is_start_refused = False
-            self._sleep(LOOK_SECONDS)
-            return None
-        return self._fail(stopped, current.spawn_error if step is Step.FAILED else stopped.trouble)
+        outcome = self._note_failed_start(stopped, step, current) if stopped.start_answer else None
+        return outcome if is_tried and stopped.failures > 1 else None
 
     def _wait(self, stopped: StoppedProcess, current: Process) -> Outcome | None:
         """Return the outcome of a process that is STARTING, STOPPING or in BACKOFF, None to wait for it."""
-        now = self._clock()
+        seconds = self._clock() - stopped.since
         if current.state == State.BACKOFF:
-            stopped.may_repeat = False  # supervisord itself repeats the start
-            is_over = now >= max(stopped.started_at, stopped.followed_since) + BACKOFF_SECONDS
-            return self._fail(stopped, current.spawn_error) if is_over or self._is_exiting() else None
+            stopped.failures = max(stopped.failures, 1)     # supervisord itself repeats the start
+            is_over = seconds >= BACKOFF_SECONDS or self._is_exiting()
+            return self._make_failure(stopped, current.spawn_error) if is_over else None
         if current.state == State.STARTING and self._is_exiting():
             return self._forget(stopped, Result.RESTARTED, 'its start was accepted')
-        if now < stopped.followed_since + FOLLOW_SECONDS:
+        if seconds < FOLLOW_SECONDS:
             return None
         duration = format_duration(FOLLOW_SECONDS)
         if current.state == State.STARTING:
@@ -395,31 +388,35 @@ class Restarter:
         stopped.is_stopped = False
         return self._give_up(stopped)
 
-    def _note_failed_start(self, stopped: StoppedProcess, current: Process) -> None:
-        stopped.failed_start, stopped.is_start_pending = current.start, False
+    def _note_failed_start(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:
+        """Return the outcome of a start that failed, and decide when it is repeated."""
+        stopped.start_answer = None
+        reason = ''     # of a start that was refused or lost
+        if step is Step.FAILED:
+            stopped.failed_start, reason = current.start, current.spawn_error
+        stopped.retry_at = self._clock() + RETRY_SECONDS[min(stopped.failures, len(RETRY_SECONDS) - 1)]
+        stopped.failures += 1
+        return self._make_failure(stopped, reason)
+
+    def _make_failure(self, stopped: StoppedProcess, reason: str) -> Outcome:
+        return make_outcome(stopped.checked, Result.START_FAILED,
+                            f"{reason or stopped.trouble}; {'will retry' if not self._is_finishing else NO_RETRY}")
 
     def _give_up(self, stopped: StoppedProcess) -> Outcome:
         """Leave a process to the next tick."""
         if stopped.is_stopped:
-            return self._fail(stopped, stopped.trouble)
-        return make_outcome(stopped.checked, Result.STOP_FAILED,
-                            f'{stopped.trouble}; if it stops after all, it is started again')
-
-    def _fail(self, stopped: StoppedProcess, reason: str) -> Outcome:
-        """Leave a process whose start failed to a later tick."""
-        stopped.failures += 1
-        stopped.is_failure_reported = True
-        seconds = 0 if stopped.failures == 1 else min(FIRST_RETRY_SECONDS << stopped.failures - 2, LAST_RETRY_SECONDS)
-        stopped.retry_at = self._clock() + seconds
-        next_try = 'not started again, as the listener is shutting down' if self._is_finishing else 'will retry'
-        return make_outcome(stopped.checked, Result.START_FAILED, f'{reason or stopped.trouble}; {next_try}')
+            return self._make_failure(stopped, stopped.trouble)
+        promise = 'if it stops after all, it is started again' if not self._is_finishing else NO_RETRY
+        return make_outcome(stopped.checked, Result.STOP_FAILED, f'{stopped.trouble}; {promise}')
 
     def _settle(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:
+        reason = '' if current.state == State.RUNNING else f'it is now {current.state_name}'
         if step is Step.DONE:
-            reason = '' if current.state == State.RUNNING else f'it is now {current.state_name}'
             return self._forget(stopped, Result.RESTARTED, reason)
-        reason = ('somebody else has stopped it' if current.state == State.STOPPED
-                  else f'somebody else has started it, and it is now {current.state_name}')
+        if current.state == State.STOPPED:
+            reason = 'somebody else has stopped it'
+        elif current.start != stopped.checked.start:
+            reason = f'somebody else has started it, and {reason}'
         return self._forget(stopped, Result.LEFT_ALONE, reason)
 
     def _forget(self, stopped: StoppedProcess, result: Result, reason: str = '') -> Outcome:
@@ -441,28 +438,19 @@ def find_group_members(group_id: int) -> set[int]:
         return set()
     except PermissionError:
         pass    # the processes of another user
-    deadline = Deadline(PS_SECONDS)
     try:
-        output = run_command(('ps', '-A', '-o', 'pid=', '-o', 'pgid=', '-o', 'stat='), deadline.seconds_left,
-                             environment=dict(os.environ, LC_ALL='C')).decode('ascii', 'replace')
+        output = run_command(PS, Deadline(PS_SECONDS).seconds_left, environment=dict(os.environ, LC_ALL='C'))
     except CommandFailed:
         output = _read_proc()
-    rows = [line.split() for line in output.splitlines()]
-    return {int(row[0]) for row in rows
-            if len(row) == 3 and row[0].isdecimal() and row[1] == str(group_id) and not row[2].startswith('Z')}
+    rows = [line.split() for line in output.decode('ascii', 'replace').splitlines()]
+    return {int(row[0]) for row in rows if len(row) == 3 and row[1] == str(group_id) and not row[2].startswith('Z')}
 
 
-def _read_proc() -> str:
-    """Return the output of ps from Linux's /proc: the 3rd and 5th field of each stat (proc(5)); '' without one."""
+def _read_proc() -> bytes:
+    """Return the output of ps from Linux's /proc: the 3rd and 5th field of each stat (proc(5)); b'' without one."""
     lines = []
-    try:
-        for pid in filter(str.isdecimal, os.listdir('/proc')):
-            try:
-                with open(f'/proc/{pid}/stat', 'rb') as file:
-                    state, _, group_id = file.read().rpartition(b')')[2].split()[:3]
-            except OSError:
-                continue    # it has exited
-            lines.append(f"{pid} {group_id.decode('ascii')} {state.decode('ascii')}")
-    except OSError:
-        pass
-    return '\n'.join(lines)
+    for path in glob('/proc/[0-9]*/stat'):
+        with suppress(OSError), open(path, 'rb') as file:   # it has exited
+            state, _, group_id = file.read().rpartition(b')')[2].split()[:3]
+            lines.append(b' '.join((path.split('/')[2].encode(), group_id, state)))
+    return b'\n'.join(lines)

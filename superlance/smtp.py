@@ -59,7 +59,7 @@ class Session:
         self._server = server
         self._deadline = Deadline(SEND_SECONDS)
         self._listener_left = seconds_left
-        # Given a name, smtplib looks up none: that may hang, and fails if the host name is not a valid domain.
+        # Given a name, smtplib does not look up that of the host: it may hang, and fails if it is not a valid domain.
         self._smtp = smtplib.SMTP(local_hostname='localhost')
 
     def seconds_left(self) -> float:

@@ -5,21 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from support import NO_SUPERVISORD, Listener, run_command_line, wait_for, write_script
-
-from superlance import __version__
-
-
-def test_first_lines_of_the_log() -> None:
-    with Listener(['memmon', '-p', 'web=200MB', '-a', '1GB', 'stray', '-n', '']) as listener:
-        listener.tick()
-        assert listener.close() == 0
-        lines = [line.partition(' memmon: ')[2] for line in listener.log.splitlines()]
-    assert lines[0] == f'memmon {__version__}: restarts web over 200.0MB, everything else over 1.0GB; no mail'
-    assert [line[:36] for line in lines[1:3]] == [
-        "warning: ignored argument 'stray': m", 'warning: ignored option -n: its valu']
-    assert lines[3].startswith(f'warning: supervisord at {NO_SUPERVISORD} does not answer getAllConfigInfo: ')
-    assert len(lines) == 4
+from support import Listener, run_command_line, wait_for, write_script
 
 
 def test_sigterm_interrupts_ps_and_the_event_is_acknowledged(tmp_path: Path) -> None:

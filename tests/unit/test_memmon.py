@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import pytest
+from support import NO_SUPERVISORD, acknowledge, make_event, run_in_process
 
 from superlance import __version__, mail, memmon
 from superlance.listener import Event, ExitRequest
@@ -259,6 +260,14 @@ class Doubles:
         self.restarted.append(process.program)
         self.request.requested = len(self.restarted) >= self.exit_after
 
+    def use_for_once(self, monkeypatch: pytest.MonkeyPatch,
+                     read_memory: Callable[[], dict[int, ProcessMemory]] | None = None) -> None:
+        """Let memmon --once find this supervisord and its memory."""
+        configs = [{'group': process.group, 'name': process.program} for process in self.processes]
+        monkeypatch.setattr(self, 'call', lambda method: configs, raising=False)
+        monkeypatch.setattr(memmon, 'find_supervisor', lambda configuration, environment: self)
+        monkeypatch.setattr(memmon, 'MemoryReader', lambda log: read_memory or self._read_memory)
+
     def put(self, subject: str, body: str, server: str) -> None:
         self.mails.append((subject, body))
 
@@ -372,6 +381,28 @@ def test_memory_is_checked_again_when_supervisord_disappears_from_ps(
         assert len(checks) == expected
 
 
+def test_first_lines_of_the_log_and_the_protocol() -> None:
+    ticks = make_event('TICK_5', 'when:1') * 2 + make_event('PROCESS_STATE_EXITED', '')
+    run = run_in_process(lambda: memmon.main(['-p', 'web=200MB', '-a', '1TB', 'stray', '-n', '']), ticks)
+    assert (run.status, run.output) == (0, acknowledge(3))
+    lines = [line.partition(' memmon: ')[2] for line in run.log.splitlines()]
+    assert lines[:3] == [
+        f'memmon {__version__}: restarts web over 200.0MB, everything else over 1024.0GB; no mail',
+        "warning: ignored argument 'stray': memmon takes options only; a value that contains spaces needs quotes",
+        'warning: ignored option -n: its value is empty']
+    assert lines[3].startswith(f'warning: supervisord at {NO_SUPERVISORD} does not answer getAllConfigInfo: ')
+    assert len(lines) == 4
+
+
+def test_stale_tick_and_tick_after_a_retry_check_nothing(doubles: Doubles, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = doubles.make('-a', '1KB')
+    for method in ('is_stale', 'retry'):
+        with monkeypatch.context() as patch:
+            patch.setattr(listener._restarter, method, lambda *event: True)
+            listener.handle(TICK)
+    assert doubles.lists == 0
+
+
 def report(doubles: Doubles, result: Result, *argv: str, uptime: int = 10) -> list[tuple[str, str]]:
     listener = doubles.make('-a', '1KB', *argv)
     process = make_process('shop:leaky', uptime=uptime)
@@ -415,6 +446,25 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         'group:program  1      too much\n')
 
 
+@pytest.mark.parametrize(('argv', 'status', 'last_line'), [
+    (['-p', 'web=2KB', '-p', 'db=1GB'], 0, None),
+    (['-p', 'web=1KB'], 1, None),
+    (['-p', 'wbe=1KB'], 1, 'warning: no process matches "wbe"'),
+    (['-p', 'web=1GB', '-p', 'hidden=1KB'], 1, 'warning: cannot read the memory of hidden: '),
+    (['-p', 'web=1GB', 'stray'], 0, "warning: ignored argument 'stray': "),
+])
+def test_once_prints_a_table_and_warnings(
+        doubles: Doubles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str],
+        status: int, last_line: str | None) -> None:
+    doubles.processes += [make_process('off:off', 0, State.STOPPED), make_process('hidden:hidden', os.getpid())]
+    doubles.use_for_once(monkeypatch)
+    assert memmon.main(['--once', *argv]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line.split(None, 5)) for line in lines[:6]] == [6] * 6
+    assert [line.split()[0] for line in lines[:6]] == ['GROUP', 'web', 'db', 'own', 'off', 'hidden']
+    assert lines[6:] == [] if last_line is None else lines[6].startswith(last_line)
+
+
 @pytest.mark.parametrize(('error', 'line'), [
     ('processes', 'warning: unable to check memory: no answer'),
     ('memory', 'warning: unable to check memory: no ps'),
@@ -426,8 +476,6 @@ def test_once_that_cannot_read_the_process_list_or_memory_has_status_1(
         raise Unknown('no ps')
 
     doubles.error = Unknown('no answer') if error == 'processes' else None
-    monkeypatch.setattr(doubles, 'call', lambda method: [], raising=False)
-    monkeypatch.setattr(memmon, 'find_supervisor', lambda configuration, environment: doubles)
-    monkeypatch.setattr(memmon, 'MemoryReader', lambda log: read_memory)
+    doubles.use_for_once(monkeypatch, read_memory)
     assert memmon.main(['--once', '-a', '1MB']) == 1
     assert capsys.readouterr().out == line + '\n'

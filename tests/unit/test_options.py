@@ -89,7 +89,7 @@ VALUES: Sequence[tuple[Parse, str, Any]] = (
     (parse_address, '"Doe, J" <j@example.com>', '"Doe, J" <j@example.com>'),
 )
 
-# What is refused, and what the complaint holds beside the value.
+# Invalid values, and what the error message contains besides the value.
 WRONG: Sequence[tuple[Parse, str, str]] = tuple(
     [(parse_size, text, 'write bytes, or a number with KB, MB, GB or TB') for text in (
         'banana', '', ' ', 'MB', 'B', 'k', '.', '-1', '+1', '1e3', '1.2.3', '1,5GB', '0x10', '1_000', 'inf', 'nan',
@@ -423,7 +423,7 @@ def call(*argv: str) -> int:
     return run_script('tester', 'Usage: tester\n', TABLE, build, run, argv)
 
 
-@pytest.mark.parametrize(('argv', 'holds'), [
+@pytest.mark.parametrize(('argv', 'expected'), [
     (['-z'], ['-z', 'not recognized']),
     (['--zebra=1'], ['--zebra', 'not recognized']),
     (['--s', '1'], ['--s', 'not a unique prefix']),
@@ -441,7 +441,7 @@ def call(*argv: str) -> int:
     (['stray\nargument'], ["unexpected argument 'stray\\nargument'"]),
     (['--help', '-a', 'banana'], ["'banana'"]),
 ])
-def test_usage_error(argv: list[str], holds: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_error(argv: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ''
@@ -449,7 +449,7 @@ def test_usage_error(argv: list[str], holds: list[str], capsys: pytest.CaptureFi
     assert err.endswith("; try 'tester --help'\n")
     assert len(err.splitlines()) == 1
     assert err[:-1].isprintable()
-    for text in holds:
+    for text in expected:
         assert text in err
 
 

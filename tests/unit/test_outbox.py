@@ -127,6 +127,11 @@ def test_last_attempt_at_exit_for_each() -> None:
     assert attempts[3:] == [(9, 'd'), (9, 'a'), (9, 'b'), (9, 'c')]
 
 
+def test_exit_does_not_make_one_failed_login_for_each() -> None:
+    attempts = simulate(lambda subject, now: BAD_LOGIN, [(0, 'a'), (1, 'b'), (2, 'c')], 14, close_at=9)
+    assert attempts == [(0, 'a'), (9, 'b')]
+
+
 def test_the_oldest_is_discarded_beyond_a_thousand() -> None:
     schedule = Schedule()
     for number in range(1001):

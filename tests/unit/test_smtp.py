@@ -431,7 +431,7 @@ class SlowFilter(Server):
 
 def test_slow_answer_after_data_gets_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smtp, 'SEND_SECONDS', 0.5)
-    with SlowFilter(1.5) as server:
+    with SlowFilter(0.8) as server:
         assert send(server.url()) == '250 queued as 1'
         assert len(server.accepted) == 1
 
