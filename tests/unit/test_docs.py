@@ -1,8 +1,13 @@
 """README, references, --help and option tables agree, and every command line that they show is accepted."""
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
+from email.message import EmailMessage
 from importlib import import_module
 from pathlib import Path
 
@@ -113,6 +118,25 @@ def test_command_line_of_the_documentation_is_accepted(command: str) -> None:
     run = run_in_process(lambda: import_module(f'superlance.{name}').main(arguments),
                          environment={'SUPERVISOR_SERVER_URL': ''})
     assert run.status == 1 and run.log.startswith(f'{name} must be started by supervisord'), run.log
+
+
+def test_script_of_the_readme_reads_any_message_and_fails_if_its_command_does(tmp_path: Path) -> None:
+    block = re.search(r'code-block:: python\n\n((?:    .*\n)+)', README)
+    assert block
+    logger = tmp_path / 'logger'
+    logger.write_text(f'#!/bin/sh\nprintf "%s|" "$@" > {tmp_path}/logged\n')
+    logger.chmod(0o755)
+    message = EmailMessage()
+    message['Subject'] = 'café crashed at 2026-11-24 05:02:11,123'
+    message.set_content('café (pid 7) exited unexpectedly\n')
+
+    def run() -> int:
+        return subprocess.run([sys.executable, '-c', textwrap.dedent(block.group(1))], input=message.as_bytes(),
+                              env={**os.environ, 'PATH': str(tmp_path)}, stderr=subprocess.DEVNULL).returncode
+    assert run() == 0
+    assert (tmp_path / 'logged').read_text('utf-8') == '-t|superlance|café crashed at 2026-11-24 05:02:11,123|'
+    logger.write_text('#!/bin/sh\nexit 1\n')
+    assert run() == 1
 
 
 def test_every_test_that_the_documentation_names_exists() -> None:
