@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 from configparser import RawConfigParser
 from pathlib import Path
 
 import pytest
-from support import COMMANDS, Supervisord, find_examples, wait_for
+from support import COMMANDS, Supervisord, find_examples, run_command_line, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / 'README.rst', *sorted((ROOT / 'docs').glob('*.rst'))]
@@ -91,3 +92,9 @@ def test_complete_configuration_runs_as_it_is_written(folder: Path) -> None:
     assert len(kinds) == 4
     with Supervisord(folder, text, own_server=False, environment=PATH) as supervisord:
         check(supervisord, kinds)
+        for command in re.findall(r'^command=((?:memmon|httpok) .*)$', text, re.M):
+            program, *arguments = shlex.split(command)
+            once = run_command_line(program, *arguments, '--once', folder=folder)
+            assert once.returncode == 0 and 'web' in once.stdout, once.stdout + once.stderr
+            warnings = [line for line in once.stdout.splitlines() if line.startswith('warning:')]
+            assert [line for line in warnings if 'mail command' not in line] == []
