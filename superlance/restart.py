@@ -178,11 +178,9 @@ class Restarter:
         if prepare and not outcome:
             prepare(checked)
             outcome = self._find_change(checked)    # prepare may take minutes
-        if not outcome:
-            if self._request.requested:
-                return
-            outcome = self._restart(checked)
-        self._report(outcome)
+        if not outcome and self._request.requested:
+            return
+        self._report(outcome or self._restart(checked))
         self._last_end = self._wall_clock()
 
     def retry(self) -> bool:
@@ -339,9 +337,7 @@ class Restarter:
 
     def _start(self, stopped: StoppedProcess) -> None:
         """Ask supervisord for a start, which answers as soon as it is accepted. Raises Refused and Unknown."""
-        stopped.since = self._clock()
-        stopped.trouble = ''
-        stopped.start_answer = LOST
+        stopped.since, stopped.trouble, stopped.start_answer = self._clock(), '', LOST
         try:
             self._supervisor.call('startProcess', stopped.checked.namespec, False)
         except Refused as why:
@@ -400,13 +396,13 @@ class Restarter:
 
     def _make_failure(self, stopped: StoppedProcess, reason: str) -> Outcome:
         return make_outcome(stopped.checked, Result.START_FAILED,
-                            f"{reason or stopped.trouble}; {'will retry' if not self._is_finishing else NO_RETRY}")
+                            f"{reason or stopped.trouble}; {NO_RETRY if self._is_finishing else 'will retry'}")
 
     def _give_up(self, stopped: StoppedProcess) -> Outcome:
         """Leave a process to the next tick."""
         if stopped.is_stopped:
             return self._make_failure(stopped, stopped.trouble)
-        promise = 'if it stops after all, it is started again' if not self._is_finishing else NO_RETRY
+        promise = NO_RETRY if self._is_finishing else 'if it stops after all, it is started again'
         return make_outcome(stopped.checked, Result.STOP_FAILED, f'{stopped.trouble}; {promise}')
 
     def _settle(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:
@@ -433,11 +429,10 @@ def find_group_members(group_id: int) -> set[int]:
     supervisord makes every child the leader of a process group; a child of it that called setsid is not found.
     """
     try:
-        os.killpg(group_id, 0)
+        with suppress(PermissionError):     # they run as another user
+            os.killpg(group_id, 0)
     except ProcessLookupError:
         return set()
-    except PermissionError:
-        pass    # the processes of another user
     try:
         output = run_command(PS, Deadline(PS_SECONDS).seconds_left, environment=dict(os.environ, LC_ALL='C'))
     except CommandFailed:

@@ -198,8 +198,11 @@ class Supervisor:
                 [sys.executable, '-c', f'import sys; sys.path[:] = {sys.path!r}\n'
                  f'from superlance.rpc import answer_calls; answer_calls({request!r})'],
                 deadline.seconds_left, environment={**os.environ, **self._environment}, interrupt=interrupt)
-            # Before the last line there may be warnings of what is imported.
-            answers, fault, reason = marshal.loads(bytes.fromhex(output.split()[-1].decode('ascii')))
+            # Before and after the answer there may be warnings of what is imported.
+            answer = re.search(rb'^superlance: ([0-9a-f]+)$', output, re.MULTILINE)
+            if not answer:
+                raise CommandFailed('no answer')
+            answers, fault, reason = marshal.loads(bytes.fromhex(answer[1].decode('ascii')))
         except CommandFailed as why:
             if interrupt and interrupt.requested:
                 raise Unknown('interrupted, because the listener is shutting down') from why
@@ -229,7 +232,7 @@ def _accept_control_characters(transport: Any) -> None:
 
 
 def answer_calls(request: str) -> None:
-    """Make the calls that call_in_helper was asked for, and print their answers as its last line."""
+    """Make the calls that call_in_helper was asked for, and print their answers as one line."""
     timeout_seconds, calls = marshal.loads(bytes.fromhex(request))
     answers: list[Any] = []
     fault = reason = ''
@@ -240,7 +243,7 @@ def answer_calls(request: str) -> None:
         fault, reason = why.fault, str(why)
     except Unknown as why:
         reason = str(why)
-    print('\n' + marshal.dumps((answers, fault, reason)).hex(), flush=True)
+    print('\nsuperlance: ' + marshal.dumps((answers, fault, reason)).hex(), flush=True)
 
 
 def find_supervisor(configuration: str | None, environment: Mapping[str, str]) -> Supervisor:

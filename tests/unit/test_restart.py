@@ -653,6 +653,12 @@ def test_members_of_a_group_without_zombies() -> None:
         leader.wait(TIMEOUT)
 
 
+def test_group_without_members() -> None:
+    leader = start_group('exit 0')
+    leader.wait(TIMEOUT)
+    assert find_group_members(leader.pid) == set()
+
+
 def test_group_of_another_user_is_looked_for_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(group: int, signum: int) -> None:
         raise PermissionError
