@@ -8,15 +8,12 @@ from __future__ import annotations
 import errno
 import io
 import os
-import select
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple, Sequence
 
 from superlance import __version__
-from superlance.command import Deadline
-from superlance.listener import ExitRequest, one_line
+from superlance.listener import one_line
 from superlance.options import without_password
 from superlance.rpc import Unknown
 
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
 SecondsLeft = Callable[[], float]
 
 RETRY_REFUSED_SECONDS = 1
-# How long after the deadline a request is abandoned: one that ends by itself says why.
-ABANDON_SECONDS = 0.5
 BODY_LIMIT_BYTES = 1024 * 1024
 EXCERPT_BYTES = 500
 PIECE_BYTES = 64 * 1024
@@ -399,68 +394,3 @@ def encode_text(text: str, charset: str | None) -> Sequence[bytes]:
         except (LookupError, ValueError):   # ValueError: a null character in the name
             continue
     return tuple(filter(None, encoded))
-
-
-# A thread that can be abandoned.
-
-class BackgroundFetch:
-    """Runs fetch on a daemon thread, which a signal or the deadline abandons; there is never more than one."""
-
-    def __init__(self, interrupt: ExitRequest) -> None:
-        self._interrupt = interrupt
-        self._finished: int | None = None   # a pipe that the thread closes at its end; None: there is no thread
-        self._result: Response | BaseException | None = None
-
-    def fetch(self, request: Request, seconds: float, search: Search) -> Response | None:
-        """Return what fetch does, None if interrupted. Raises what fetch does.
-
-        If an earlier request still hangs in its name look-up, it is waited for first.
-        """
-        deadline = Deadline(seconds)
-        if self._finished is None or self._has_finished(deadline.seconds_left()):
-            self._start(request, deadline.seconds_left, search)
-            if self._has_finished(deadline.seconds_left() + ABANDON_SECONDS):
-                if isinstance(self._result, BaseException):
-                    raise self._result
-                return self._result
-        if self._interrupt.requested:
-            return None
-        # Everything but a name look-up observes the deadline by itself.
-        raise Unknown(f'DNS lookup of {request.target.host} timed out')
-
-    def _start(self, request: Request, seconds_left: SecondsLeft, search: Search) -> None:
-        """Start the thread. Raises Unknown."""
-        try:
-            import http.client  # noqa: F401  on the thread it would cost 0.7 MB more: malloc has an arena per thread
-
-            finished, writable = os.pipe()
-        except OSError as why:
-            raise Unknown(describe_failure(why)) from why
-        thread = threading.Thread(target=self._run, args=(writable, request, seconds_left, search), daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as why:
-            os.close(finished)
-            os.close(writable)
-            raise Unknown(str(why)) from why
-        self._finished = finished
-
-    def _run(self, writable: int, request: Request, seconds_left: SecondsLeft, search: Search) -> None:
-        try:
-            self._result = fetch(request, seconds_left, search)
-        except BaseException as why:    # raised again on the main thread
-            self._result = why
-        finally:
-            os.close(writable)
-
-    def _has_finished(self, seconds: float) -> bool:
-        """Wait for the thread; return False after so many seconds, or if interrupted."""
-        assert self._finished is not None
-        wait_seconds = 0 if self._interrupt.requested else min(max(seconds, 0), LONGEST_WAIT_SECONDS)
-        wanted: list[Any] = [self._finished, self._interrupt]
-        ready, _, _ = select.select(wanted, [], [], wait_seconds)
-        if self._interrupt.requested or self._finished not in ready:
-            return False
-        os.close(self._finished)
-        self._finished = None
-        return True

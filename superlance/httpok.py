@@ -81,9 +81,9 @@ import time
 from typing import Mapping, NamedTuple, Sequence
 
 from superlance import __version__, check, mail
-from superlance.check import Check, Verdict, describe_check, judge, probe, read_check
+from superlance.check import BackgroundFetch, Check, Verdict, decide, describe_check, probe, read_check
 from superlance.command import CommandFailed, Deadline, decode_end, run_command
-from superlance.fetch import BackgroundFetch, Response
+from superlance.fetch import Response
 from superlance.listener import Event, ExitRequest, exit_request, listen, make_log, one_line
 from superlance.options import (
     COMMON_OPTIONS,
@@ -304,7 +304,7 @@ class Httpok:
             raise Skipped(f'{url}: unable to check: {why}') from why
         if response is None or self._request.requested:
             raise Skipped(f'{url}: check abandoned: httpok is shutting down')
-        verdict = judge(response, self._options.check)
+        verdict = decide(response, self._options.check)
         self._skipped = ''
         if isinstance(response, Response) and not verdict.text:
             self._handle_good(response)
@@ -487,7 +487,7 @@ def run_once(options: Options, environment: Mapping[str, str]) -> int:
         verdict = None
     else:
         assert response
-        verdict = judge(response, options.check)
+        verdict = decide(response, options.check)
         if isinstance(response, Response):
             print(f'status   {response.status_line}\ntime     {response.seconds:.3f}s')
             text = options.check.search.text

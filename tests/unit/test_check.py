@@ -1,7 +1,11 @@
-"""What httpok checks: its options, and the verdict on a response."""
+"""What httpok checks: its options, the verdict on a response, and the thread of the request."""
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import threading
+import time
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import TIMEOUT
+from web import Site, hang, response
 
-from superlance import __version__, check
-from superlance.check import Check, Verdict
-from superlance.fetch import FetchFailed, Response, TimedOut
+from superlance import __version__, check, fetch
+from superlance.check import BackgroundFetch, Check, Verdict
+from superlance.fetch import FetchFailed, Request, Response, Search, TimedOut
+from superlance.listener import ExitRequest
 from superlance.options import UsageError, read_argv
+from superlance.rpc import Unknown
 
 URL = 'http://127.0.0.1:8080/'
 
@@ -153,7 +161,7 @@ def respond(status: int = 200, reason: str = 'OK', has_text: bool | None = True)
     return Response(status, reason, headers, has_text, b'', 0.1)
 
 
-@pytest.mark.parametrize(('response', 'argv', 'expected'), [
+@pytest.mark.parametrize(('got', 'argv', 'expected'), [
     (respond(), [], ('', '')),
     (respond(204, 'No Content'), ['-c', '200', '-c', '204', '-b', 'x'], ('', '')),
     (respond(500, 'Oh no', None), ['-c', '204', '-c', '200'],
@@ -163,5 +171,105 @@ def respond(status: int = 200, reason: str = 'OK', has_text: bool | None = True)
     (FetchFailed('Connection refused'), ['-b', 'x'], ('bad status returned', 'Connection refused')),
     (TimedOut('...'), ['-t', '90'], ('bad status returned', 'no complete response within 1m 30s')),
 ])
-def test_judge(response: Response | FetchFailed, argv: list[str], expected: tuple[str, str]) -> None:
-    assert check.judge(response, read(*argv, URL)) == Verdict(*expected)
+def test_decide(got: Response | FetchFailed, argv: list[str], expected: tuple[str, str]) -> None:
+    assert check.decide(got, read(*argv, URL)) == Verdict(*expected)
+
+
+# A request on a thread that can be abandoned.
+
+class HangingLookUp:
+    """Makes every look-up of a name wait until it may continue."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+        self.may_continue = threading.Event()
+        self.calls = 0
+        self._port = port
+        monkeypatch.setattr(socket, 'getaddrinfo', self._look_up)
+
+    def _look_up(self, host: str, port: int, **options: Any) -> list[Any]:
+        self.calls += 1
+        self.may_continue.wait(TIMEOUT)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', self._port))]
+
+
+def make_background() -> BackgroundFetch:
+    return BackgroundFetch(ExitRequest())
+
+
+def get_in_background(background: BackgroundFetch, url: str, seconds: float = TIMEOUT) -> Response | None:
+    return background.fetch(Request(fetch.parse_url(url)), seconds, Search(frozenset([200])))
+
+
+def test_a_request_in_the_background() -> None:
+    background = make_background()
+    descriptors = len(os.listdir('/dev/fd'))
+    with Site(response(), response(status='500 No'), hang) as site:
+        for status in (200, 500):
+            got = get_in_background(background, site.url())
+            assert got is not None and got.status == status
+        with pytest.raises(TimedOut):
+            get_in_background(background, site.url(), 0.3)
+    assert len(os.listdir('/dev/fd')) <= descriptors + 2    # those of the ExitRequest
+
+
+def test_a_hanging_look_up_is_abandoned_at_the_deadline_and_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, 'ABANDON_SECONDS', 0)
+    background = make_background()
+    with Site() as site:
+        hanging = HangingLookUp(monkeypatch, site.port)
+        threads = threading.active_count()
+        for _ in range(3):
+            with pytest.raises(Unknown, match=r'^DNS lookup of a\.example timed out$'):
+                get_in_background(background, 'http://a.example/', 0.1)
+        assert (hanging.calls, threading.active_count()) == (1, threads + 1)
+        hanging.may_continue.set()
+        got = get_in_background(background, 'http://a.example/')    # a look-up of its own
+        assert got is not None and got.status == 200
+        assert hanging.calls == 2
+
+
+@pytest.mark.parametrize('is_earlier', [False, True])
+def test_a_signal_abandons_a_request(is_earlier: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ExitRequest()
+    background = BackgroundFetch(request)
+    with Site() as site:
+        hanging = HangingLookUp(monkeypatch, site.port)
+        if is_earlier:
+            with pytest.raises(Unknown):
+                get_in_background(background, 'http://a.example/', -1)
+
+        def signal() -> None:
+            request.requested = True
+            os.write(request._open_pipe()[1], b'\0')    # as Python does for set_wakeup_fd
+        threading.Timer(0.1, signal).start()
+        started = time.monotonic()
+        assert get_in_background(background, 'http://a.example/') is None
+        assert get_in_background(background, 'http://a.example/') is None
+        assert time.monotonic() - started < TIMEOUT / 2
+        hanging.may_continue.set()
+
+
+def test_no_descriptor_or_no_thread_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    descriptors = len(os.listdir('/dev/fd'))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', fail)
+        with pytest.raises(Unknown, match="can't start new thread"):
+            get_in_background(make_background(), 'http://127.0.0.1:1/')
+    assert len(os.listdir('/dev/fd')) == descriptors
+
+    def no_pipe() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(os, 'pipe', no_pipe)
+    with pytest.raises(Unknown, match='Too many open files'):
+        get_in_background(make_background(), 'http://127.0.0.1:1/')
+
+
+def test_a_bug_in_the_thread_is_raised_on_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError('bug')
+    monkeypatch.setattr(fetch, 'exchange', fail)
+    with Site() as site, pytest.raises(KeyError):
+        get_in_background(make_background(), site.url())

@@ -24,7 +24,6 @@ from web import Answer, Site, and_hang, chunked, drip, hang, make_head, refusing
 
 from superlance import __version__, fetch
 from superlance.fetch import FetchFailed, Request, Response, Search, TimedOut
-from superlance.listener import ExitRequest
 from superlance.rpc import Unknown
 
 SHORT_SECONDS = 0.3
@@ -750,109 +749,9 @@ def test_fetch_is_thread_safe() -> None:
     assert results == ['ok'] * 8
 
 
-# A request on a thread that can be abandoned.
-
-class HangingLookUp:
-    """Makes every look-up of a name wait until it may continue."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-        self.may_continue = threading.Event()
-        self.calls = 0
-        self._port = port
-        resolve_with(monkeypatch, self._look_up)
-
-    def _look_up(self) -> list[tuple[int, Any]]:
-        self.calls += 1
-        self.may_continue.wait(TIMEOUT)
-        return [(socket.AF_INET, ('127.0.0.1', self._port))]
-
-
-def make_background() -> fetch.BackgroundFetch:
-    return fetch.BackgroundFetch(ExitRequest())
-
-
-def get_in_background(background: fetch.BackgroundFetch, url: str, seconds: float = TIMEOUT) -> Response | None:
-    return background.fetch(Request(fetch.parse_url(url)), seconds, Search(frozenset([200])))
-
-
-def test_a_request_in_the_background() -> None:
-    background = make_background()
-    descriptors = len(os.listdir('/dev/fd'))
-    with Site(response(), response(status='500 No'), hang) as site:
-        for status in (200, 500):
-            got = get_in_background(background, site.url())
-            assert got is not None and got.status == status
-        with pytest.raises(TimedOut):
-            get_in_background(background, site.url(), SHORT_SECONDS)
-    assert len(os.listdir('/dev/fd')) <= descriptors + 2    # those of the ExitRequest
-
-
-def test_a_hanging_look_up_is_abandoned_at_the_deadline_and_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, 'ABANDON_SECONDS', 0)
-    background = make_background()
-    with Site() as site:
-        hanging = HangingLookUp(monkeypatch, site.port)
-        threads = threading.active_count()
-        for _ in range(3):
-            with pytest.raises(Unknown, match=r'^DNS lookup of a\.example timed out$'):
-                get_in_background(background, 'http://a.example/', 0.1)
-        assert (hanging.calls, threading.active_count()) == (1, threads + 1)
-        hanging.may_continue.set()
-        got = get_in_background(background, 'http://a.example/')    # a look-up of its own
-        assert got is not None and got.status == 200
-        assert hanging.calls == 2
-
-
-@pytest.mark.parametrize('is_earlier', [False, True])
-def test_a_signal_abandons_a_request(is_earlier: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = ExitRequest()
-    background = fetch.BackgroundFetch(request)
-    with Site() as site:
-        hanging = HangingLookUp(monkeypatch, site.port)
-        if is_earlier:
-            with pytest.raises(Unknown):
-                get_in_background(background, 'http://a.example/', -1)
-
-        def signal() -> None:
-            request.requested = True
-            os.write(request._open_pipe()[1], b'\0')    # as Python does for set_wakeup_fd
-        threading.Timer(0.1, signal).start()
-        started = time.monotonic()
-        assert get_in_background(background, 'http://a.example/') is None
-        assert get_in_background(background, 'http://a.example/') is None
-        assert time.monotonic() - started < TIMEOUT / 2
-        hanging.may_continue.set()
-
-
-def test_no_descriptor_or_no_thread_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    descriptors = len(os.listdir('/dev/fd'))
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, 'start', fail)
-        with pytest.raises(Unknown, match="can't start new thread"):
-            get_in_background(make_background(), 'http://127.0.0.1:1/')
-    assert len(os.listdir('/dev/fd')) == descriptors
-
-    def no_pipe() -> tuple[int, int]:
-        raise os_error(errno.EMFILE)
-    monkeypatch.setattr(os, 'pipe', no_pipe)
-    with pytest.raises(Unknown, match='Too many open files'):
-        get_in_background(make_background(), 'http://127.0.0.1:1/')
-
-
-def test_a_bug_in_the_thread_is_raised_on_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
-        raise KeyError('bug')
-    monkeypatch.setattr(fetch, 'exchange', fail)
-    with Site() as site, pytest.raises(KeyError):
-        get_in_background(make_background(), site.url())
-
-
 def test_no_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise MemoryError
     monkeypatch.setattr(fetch, 'exchange', fail)
     with Site() as site, pytest.raises(Unknown, match='Cannot allocate memory'):
-        get_in_background(make_background(), site.url())
+        get(site.url())
