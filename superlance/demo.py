@@ -1,6 +1,6 @@
 """Usage: python -m superlance.demo [--keep]
 
-Shows memmon, httpok and crashmail at work, in about 15 seconds. The demo starts
+Shows memmon, httpok and crashmail at work, in about 20 seconds. The demo starts
 a real supervisord in a temporary folder, with a program that leaks memory, one
 that hangs and one that crashes, and prints what the three listeners do.
 
@@ -89,7 +89,7 @@ serverurl=unix://supervisor.sock
 
 HEADER = '''\
 A real supervisord runs three faulty programs, and superlance's three event listeners take
-care of them. This takes about 15 seconds; Ctrl-C stops it.
+care of them. This takes about 20 seconds; Ctrl-C stops it.
 
   leaky     leaks 5 MB of memory per second         memmon restarts it
   hanging   answers one HTTP request, then hangs    httpok restarts it
