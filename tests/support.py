@@ -38,12 +38,14 @@ ALL_LOST = ['pass'] + ['lose call'] * 3
 def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = '', timeout: float = TIMEOUT) -> Any:
     """Return the first true value of condition; fail with the text of `what` if there is none within timeout."""
     deadline = time.monotonic() + timeout
+    pause_seconds = 0.01
     while True:
         value = condition()
         if value:
             return value
         assert time.monotonic() < deadline, f'not in time: {(what() if callable(what) else what) or condition}'
-        time.sleep(0.02)
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.5 * pause_seconds, 0.1)
 
 
 def read(path: Path) -> str:

@@ -125,11 +125,10 @@ def lose_after_stop() -> dict[str, list[str]]:
     return {'startProcess': ['lose call'], 'getProcessInfo': ['pass', 'lose call', 'lose call']}
 
 
-@pytest.mark.parametrize('kind', ['memmon', 'httpok'])
-def test_process_that_was_left_down_is_started_at_the_next_tick(rig: Rig, tmp_path: Path, kind: str) -> None:
+def test_process_that_httpok_left_down_is_started_at_the_next_tick(rig: Rig, tmp_path: Path) -> None:
     rig.wait_until_grown()
     with Proxy(tmp_path / 'p.sock', rig.supervisord.socket, lose_after_stop()) as proxy, \
-            rig.listen(kind, proxy.url) as listener:
+            rig.listen('httpok', proxy.url) as listener:
         listener.tick()
         listener.wait_for_log(f'failed to start web: supervisord at {proxy.url} does not answer startProcess')
         assert rig.supervisord.info('web')['statename'] == 'STOPPED'
@@ -340,18 +339,16 @@ def test_program_with_a_name_beyond_ascii_is_restarted(tmp_path: Path) -> None:
 
 # Signals.
 
-@pytest.mark.parametrize(('kind', 'signum'), [('memmon', signal.SIGTERM), ('httpok', signal.SIGINT)])
-def test_signal_during_a_restart_completes_it_and_acknowledges_the_event(
-        tmp_path: Path, kind: str, signum: signal.Signals) -> None:
+def test_sigterm_during_restart_completes_it_and_acknowledges_event(tmp_path: Path) -> None:
     with serving(make_health(tmp_path)) as port, \
             Supervisord(tmp_path, add_program(tmp_path, 'web', slow=1)) as supervisord:
         rig = Rig(supervisord, port)
         pid = rig.wait_until_grown()
-        with rig.listen(kind) as listener:
+        with rig.listen('httpok') as listener:
             listener.expect(b'READY\n')
             listener.send_event('TICK_5', f'when:{int(time.time())}')
             supervisord.wait_for_state('web', 'STOPPING')
-            listener.process.send_signal(signum)
+            listener.process.send_signal(signal.SIGTERM)
             listener.expect(b'RESULT 2\nOK')
             assert listener.process.wait(30) == 0
             assert listener.process.stdout and listener.process.stdout.read() == b''
@@ -360,37 +357,6 @@ def test_signal_during_a_restart_completes_it_and_acknowledges_the_event(
             listener.wait_for_log('restarted web')
             assert 'Traceback' not in listener.log
         wait_for(lambda: count_starts(tmp_path) == 2)
-
-
-def test_signal_after_a_failed_start_starts_the_process_once_more(rig: Rig, tmp_path: Path) -> None:
-    rig.wait_until_grown()
-    with Proxy(tmp_path / 'p.sock', rig.supervisord.socket, lose_after_stop()) as proxy, \
-            rig.listen('memmon', proxy.url) as listener:
-        listener.tick()
-        listener.wait_for_log('failed to start web')
-        assert rig.supervisord.info('web')['statename'] == 'STOPPED'
-        assert listener.terminate() == 0
-        assert rig.supervisord.info('web')['statename'] == 'RUNNING'
-
-
-# Ticks that waited.
-
-def test_ticks_from_before_the_end_of_a_restart_are_skipped(tmp_path: Path) -> None:
-    with Supervisord(tmp_path, add_program(tmp_path, 'web', slow=1)) as supervisord:
-        Rig(supervisord, 0).wait_until_grown()
-        with Listener(['memmon', '-p', 'web=1KB'], supervisord.environment) as listener:
-            listener.expect(b'READY\n')
-            waiting = f'when:{int(time.time())}'
-            listener.send_event('TICK_5', waiting)
-            supervisord.wait_for_state('web', 'STOPPING')
-            listener.expect(b'RESULT 2\nOK')
-            info = supervisord.wait_for_state('web')
-            for _ in range(3):
-                listener.serve_event('TICK_5', waiting)
-            assert supervisord.info('web')['pid'] == info['pid']
-            listener.tick()
-            assert supervisord.info('web')['pid'] != info['pid']
-            assert listener.close() == 0
 
 
 # A supervisord that exits.
@@ -458,14 +424,13 @@ def test_supervisord_that_shuts_down_during_a_restart(tmp_path: Path) -> None:
 
 # Itself.
 
-@pytest.mark.parametrize('kind', ['memmon', 'httpok'])
-def test_listener_does_not_restart_its_own_pool(tmp_path: Path, kind: str) -> None:
+def test_httpok_does_not_restart_its_own_pool(tmp_path: Path) -> None:
     """The pool's name comes first, so its processes would have been restarted before web."""
     pool = ('[program:pool]\ncommand=/bin/sleep 1000\nnumprocs=2\nstartsecs=0\n'
             'process_name=%(program_name)s_%(process_num)d\n')
-    arguments = {'memmon': ['memmon', '-a', '1KB'], 'httpok': ['httpok', '-a', '-t', '0.2', 'http://127.0.0.1:1/']}[kind]
     with Supervisord(tmp_path, pool + add_program(tmp_path, 'web')) as supervisord, \
-            Listener(arguments, {**supervisord.environment, 'SUPERVISOR_GROUP_NAME': 'pool'}) as listener:
+            Listener(['httpok', '-a', '-t', '0.2', 'http://127.0.0.1:1/'],
+                     {**supervisord.environment, 'SUPERVISOR_GROUP_NAME': 'pool'}) as listener:
         names = ['web', 'pool:pool_0', 'pool:pool_1']
         pids = {name: supervisord.wait_for_state(name)['pid'] for name in names}
         listener.tick()
