@@ -5,6 +5,7 @@ names neither group nor pid, so it takes some care never to report the status of
 """
 from __future__ import annotations
 
+import os
 import re
 import time
 from contextlib import suppress
@@ -28,6 +29,8 @@ PROCESSES_SECONDS = 60.0
 # supervisord can't send a log that begins within a UTF-8 character. It appends a traceback to the log each time, which
 # moves the window too: if by 3n + 2 bytes, every 1 byte less would begin within a character of 3 bytes again.
 WINDOWS_BYTES = (65536, 65535, 65534, 65532, 4096)
+LEVEL = ' [A-Z]{4} '
+STAMP = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}' + LEVEL
 CHANNELS = ('stdout', 'stderr')
 TOO_QUICKLY = 'Exited too quickly'
 
@@ -43,11 +46,16 @@ class Entry(NamedTuple):
 def read_entries(text: str, program: str) -> list[Entry]:
     """Return the starts and exits in supervisord's log of the processes called program, whatever their group."""
     name = re.escape(program)
-    pattern = re.compile(
-        r'^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]{4} '
-        rf"(?:spawned: '{name}' with pid (\d+)|(?:exited|stopped): {name} \((.+?)(; not expected|; expected)?\))$",
-        re.MULTILINE)
-    return [Entry(pid, reason, verdict == '; not expected') for pid, reason, verdict in pattern.findall(text)]
+    pattern = re.compile(STAMP + rf"(?:spawned: '{name}' with pid (\d+)|"
+                                 rf'(?:exited|stopped): {name} \((.+?)(; not expected|; expected)?\))')
+    found = (pattern.fullmatch(line) for line in text.split('\n') if program in line)
+    return [Entry(match[1] or '', match[2] or '', match[3] == '; not expected') for match in found if match]
+
+
+def cut_at_start(text: str, supervisord_pid: int) -> str | None:
+    """Return supervisord's log since its last start, None if text does not go back so far."""
+    before, line, after = text.rpartition(f' INFO supervisord started with pid {supervisord_pid}\n')
+    return after if line and re.search(STAMP[:-len(LEVEL)] + '$', before) else None
 
 
 def find_start(entries: Sequence[Entry], pid: str) -> int | None:
@@ -57,21 +65,36 @@ def find_start(entries: Sequence[Entry], pid: str) -> int | None:
     return starts[-1] if starts else None
 
 
+def find_own_exit(entries: Sequence[Entry], pid: str) -> str | None:
+    """Return the reason in the line after the start with this pid, '' if it was no crash, None if it is no exit.
+
+    It is the reason of this process unless another one of that name was running too.
+    """
+    start = find_start(entries, pid)
+    if start is None or entries[start + 1].pid:
+        return None
+    return entries[start + 1].reason if entries[start + 1].unexpected else ''
+
+
+def ran_alone(entries: Sequence[Entry], pid: str) -> bool:
+    """Return whether, in a log since supervisord's start, no other process of that name ran when this one started."""
+    start = find_start(entries, pid)
+    return start is not None and sum(1 if entry.pid else -1 for entry in entries[:start]) == 0
+
+
 def find_reason(entries: Sequence[Entry], pid: str, alone: bool) -> str:
     """Return why the process with this pid exited unexpectedly, '' if the log does not say so without doubt.
 
-    alone: no other process of that name can have exited since the start of this one.
+    alone: no other process of that name can have exited since the start of this one. The exit must be in the log.
     """
     start = find_start(entries, pid)
     if start is not None:
-        following = entries[start + 1:]
-        if alone and not following[0].pid:
-            return following[0].reason if following[0].unexpected else ''
-        return _find_agreed(following)
+        own = find_own_exit(entries, pid) if alone else None
+        return _find_agreed(entries[start:]) if own is None else own
     # It was started before the log begins, or starts are not logged (loglevel=warn). What follows another start
     # belongs to another process.
-    own = takewhile(lambda entry: not entry.pid, entries)
-    return _find_agreed(entries) if alone and any(entry.unexpected for entry in own) else ''
+    until_start = takewhile(lambda entry: not entry.pid, entries)
+    return _find_agreed(entries) if alone and any(entry.unexpected for entry in until_start) else ''
 
 
 def find_last_reason(entries: Sequence[Entry], alone: bool) -> str:
@@ -174,6 +197,7 @@ class ExitReasons:
         self._calls = calls
         self._processes = processes
         self._log = log
+        self._supervisord_pid = os.getppid()
         self._clock = clock
         self._text = ''
         self._read_at = float('-inf')
@@ -210,18 +234,35 @@ class ExitReasons:
             self._log(line)
 
     def _find(self, group: str, program: str, pid: str) -> str:
+        own = None
+        if self._clock() - self._read_at < REUSE_SECONDS:
+            own = self._find_own_exit(group, program, pid)
+        if own is None:
+            self._read()
+            own = self._find_own_exit(group, program, pid)
+        if own is not None:
+            return own
+        # Not without the line that supervisord has just written: it may differ from all the others.
+        entries = read_entries(self._text, program)
         self._processes.refresh(self._clock() - PROCESSES_SECONDS)
         alone = not self._processes.find_namesakes(group, program)
-        if alone and self._clock() - self._read_at < REUSE_SECONDS:
-            entries = read_entries(self._text, program)
-            if find_start(entries, pid) is not None:
-                return find_reason(entries, pid, alone)
-        self._read()
-        entries = read_entries(self._text, program)
         reason = find_reason(entries, pid, alone)
         if not (reason or alone) and self._is_only_candidate(entries, group, program, pid):
             reason = find_reason(entries, pid, True)
         return reason
+
+    def _find_own_exit(self, group: str, program: str, pid: str) -> str | None:
+        """Return why a process exited if that is certain whatever has been logged since; None if it is not."""
+        own = find_own_exit(read_entries(self._text, program), pid)
+        if own is None:
+            return None
+        since_start = cut_at_start(self._text, self._supervisord_pid)
+        # This spares the first crash of a storm the call for all processes.
+        if since_start is None or not ran_alone(read_entries(since_start, program), pid):
+            self._processes.refresh(self._clock() - PROCESSES_SECONDS)
+            if self._processes.find_namesakes(group, program):
+                return None
+        return own
 
     def _is_only_candidate(self, entries: Sequence[Entry], group: str, program: str, pid: str) -> bool:
         """Return whether all processes of that name in other groups have been running since before this one's start."""

@@ -7,7 +7,7 @@ supervisord has given up starting a process:
     [eventlistener:crashmail]
     command=crashmail -m bob@example.com
     events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
-    buffer_size=100
+    buffer_size=1000
 
 Processes to watch; without -p, all of them:
   -p, --program=NAME          watch NAME: program, group, group:program or

@@ -1,6 +1,7 @@
 """crashlog: the exit status in supervisord's own log is found for the right process, or not at all."""
 from __future__ import annotations
 
+import os
 import random
 from typing import Any, Sequence
 
@@ -9,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superlance import crashlog
-from superlance.crashlog import Calls, Investigator, Processes, find_last_reason, find_reason, read_entries
+from superlance.crashlog import (
+    Calls,
+    Investigator,
+    Processes,
+    cut_at_start,
+    find_last_reason,
+    find_reason,
+    ran_alone,
+    read_entries,
+)
 from superlance.rpc import Refused, Unknown
 
 STAMP = '2026-11-22 05:02:11,123'
@@ -56,6 +66,8 @@ LOGS: list[tuple[str, str, str, str]] = [
      spawned('web', 9) + spawned('web', 10) + exited('web', 'exit status 0', True) + exited('web', THREE), '', THREE),
     ('a start between, as printed by a program', spawned('web', 10) + spawned('web', 70) + exited('web', FOUR)
      + exited('web', THREE), '', ''),
+    ('a start between, and exits that agree', spawned('web', 10) + spawned('web', 70) + exited('web', THREE) * 2,
+     THREE, THREE),
     ('a stop', spawned('web', 10) + f'{STAMP} INFO stopped: web (exit status 0)\n', '', ''),
     ('an exit that was expected', spawned('web', 10) + exited('web', 'exit status 0', True), '', ''),
     ('an exit that supervisord has not logged', spawned('web', 10), '', ''),
@@ -95,6 +107,32 @@ def test_reason_of_an_exit_of_a_process_with_an_odd_name(name: str) -> None:
 def test_reason_of_the_last_exit(text: str, alone: str, among_others: str) -> None:
     entries = read_entries(text, 'web')
     assert (find_last_reason(entries, True), find_last_reason(entries, False)) == (alone, among_others)
+
+
+STARTED = f'{STAMP} INFO supervisord started with pid 7\n'
+
+
+@pytest.mark.parametrize(('text', 'since'), [
+    (STARTED + spawned('web', 10), spawned('web', 10)),
+    (STARTED + spawned('web', 9) + STARTED + spawned('web', 10), spawned('web', 10)),
+    (spawned('web', 10), None),
+    (STARTED.replace('7', '77') + spawned('web', 10), None),
+    ('said: INFO supervisord started with pid 7\n' + spawned('web', 10), None),
+    (STARTED[5:] + spawned('web', 10), None),
+])
+def test_log_since_the_start_of_supervisord(text: str, since: str | None) -> None:
+    assert cut_at_start(text, 7) == since
+
+
+@pytest.mark.parametrize(('text', 'alone'), [
+    (spawned('web', 10) + exited('web', THREE), True),
+    (spawned('web', 9) + exited('web', FOUR) + spawned('web', 10) + exited('web', THREE), True),
+    (spawned('web', 9) + spawned('web', 10) + exited('web', THREE), False),
+    (spawned('web', 10), False),
+    ('', False),
+])
+def test_process_that_is_the_only_one_of_its_name(text: str, alone: bool) -> None:
+    assert ran_alone(read_entries(text, 'web'), '10') == alone
 
 
 # With a supervisord.
@@ -171,6 +209,29 @@ def test_log_is_read_once_for_a_burst_of_crashes(supervisord: FakeSupervisord) -
     assert supervisord.count('getAllProcessInfo') == 2
 
 
+def test_log_that_goes_back_to_the_start_of_supervisord_needs_no_list_of_processes(
+        supervisord: FakeSupervisord, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, 'getppid', lambda: 7)
+    supervisord.log = exited('web', FOUR) + STARTED + spawned('web', 10) + exited('web', THREE)
+    assert supervisord.find() == THREE
+    assert supervisord.count('getAllProcessInfo') == 0
+    supervisord.add('other', 'web', 9)
+    supervisord.log = STARTED + spawned('web', 9) + spawned('web', 10) + exited('web', THREE)
+    assert supervisord.find() == THREE      # as the only one that is not there any more
+    assert supervisord.count('getAllProcessInfo') == 1
+
+
+def test_log_is_read_again_for_a_name_that_is_in_several_groups(supervisord: FakeSupervisord) -> None:
+    supervisord.add('other', 'web', 9)
+    supervisord.log = spawned('web', 9) + spawned('web', 10) + exited('web', THREE)
+    investigator = supervisord.make_investigator()
+    assert investigator.investigate('web', 'web', '10', False).reason == THREE
+    supervisord.infos['other:web']['pid'] = 0
+    supervisord.log += exited('web', FOUR)
+    assert investigator.investigate('web', 'web', '10', False).reason == ''
+    assert supervisord.count('readLog') == 2
+
+
 # The other process with that name, as supervisord describes it; the log before and after the start of the one that
 # crashed with status 3, while another has exited with status 4.
 OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
@@ -189,7 +250,6 @@ def test_process_of_the_same_name_in_another_group(
     supervisord.add('other', 'web', **info)
     supervisord.log = before + spawned('web', 10) + exited('web', THREE) + spawned('web', 12) + exited('web', FOUR)
     assert supervisord.find() == reason
-    assert supervisord.count('getAllProcessInfo') == 2      # again, after the log was read
 
 
 def test_process_of_the_same_name_and_no_start_in_the_log(supervisord: FakeSupervisord) -> None:
@@ -207,6 +267,8 @@ def test_no_process_is_given_the_exit_of_another(seed: int) -> None:
     for group in groups:
         supervisord.add(group, 'web', 0, 0)
     logs_starts = dice.random() < 0.7
+    if dice.random() < 0.5:
+        supervisord.log = f'{STAMP} INFO supervisord started with pid {os.getppid()}\n' if logs_starts else ''
     crashes: list[tuple[str, int, str, int]] = []
     pid = 100
     found = 0
