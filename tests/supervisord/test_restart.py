@@ -98,7 +98,7 @@ def test_start_that_fails_for_good_ends_when_its_operator_starts_it(tmp_path: Pa
         checked = check(supervisord)
         write_script(program, 'exit 3\n')
         restarter.restart(checked)
-        # A failed start is repeated at once, unless it was seen in BACKOFF, in which supervisord itself would repeat it.
+        # It is repeated at once, unless it was seen in BACKOFF, in which supervisord itself would repeat it.
         spawned = supervisord.log.count('spawned:')
         assert spawned in (2, 3)
         restarter._clock = hour_later

@@ -18,7 +18,7 @@ from supervisor.http import NOT_DONE_YET
 from superlance import restart
 from superlance.listener import Event, ExitRequest
 from superlance.options import Rate
-from superlance.restart import COUNTED, NO_RETRY, Outcome, Restarter, Result
+from superlance.restart import NO_RETRY, Outcome, Restarter, Result
 from superlance.rpc import Process, Refused, State, Supervisor, Unknown
 
 SCHEDULES = 2000
@@ -32,6 +32,7 @@ LONGEST_TICK_CALLS = 4000
 DOWN = (State.STOPPED, State.EXITED, State.FATAL)
 # What is reported without a call of stopProcess.
 BEFORE_STOP = (Result.LEFT_ALONE, Result.LIMIT_REACHED, Result.STOP_FAILED)
+COUNTED = (Result.RESTARTED, Result.STILL_STARTING, Result.START_FAILED)
 FINAL = (Result.RESTARTED, Result.LEFT_ALONE)
 
 
@@ -122,7 +123,7 @@ class Schedule:
     def make_child(self, pid: int) -> Child:
         rng = self.rng
         if self.is_bad and rng.random() < 0.8:
-            seconds = rng.choice((0.0 if self.has_no_startsecs else 0.05, 0.3, 0.9, 3.0, 30.0))
+            seconds = rng.choice((0.0, 0.0, 3.0) if self.has_no_startsecs else (0.05, 0.3, 0.9, 3.0, 30.0))
             return Child(pid, seconds, rng.choice((0, 3 << 8)), self.stop_seconds, self.kill_seconds)
         return Child(pid, None, 0, self.stop_seconds, self.kill_seconds)
 
@@ -396,6 +397,8 @@ class Schedule:
             return
         if not self.checked.pid or self.checked.state == State.STOPPING:
             return
+        if self.rng.random() < 0.05:    # something happens while, for example, a URL is requested
+            self.rng.choice((self.crash, self.operator_stops, self.operator_restarts))()
         self.world.sleep(self.rng.choice((0.0, 0.1, 3.0)))
         prepare = self.rng.random() < 0.2
         self.restarter.restart(
