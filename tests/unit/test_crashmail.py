@@ -311,7 +311,8 @@ NO_ANSWER, NO_PASSWORD = Unknown('no answer'), Unknown('no password')
 
 
 def make_shutdown(*answers: Exception) -> tuple[Shutdown, Answers, list[str]]:
-    supervisord, lines = Answers(*answers), list[str]()
+    supervisord = Answers(*answers)
+    lines: list[str] = []
     return Shutdown(supervisord, lines.append), supervisord, lines  # type: ignore[arg-type]
 
 
