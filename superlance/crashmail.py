@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
 
 from superlance import __version__, mail
 from superlance.command import Deadline
-from superlance.listener import Event, ExitRequest, Log, exit_request, listen, make_log, parse_tokens, timestamp
+from superlance.listener import Event, ExitRequest, exit_request, listen, make_log, parse_tokens, timestamp
 from superlance.options import (
     COMMON_OPTIONS,
     EVERY,
@@ -76,6 +76,7 @@ from superlance.startcheck import StartCheck, Wants, check_once
 
 if TYPE_CHECKING:
     from superlance.crashlog import Investigator
+    from superlance.shutdown import Shutdown
 
 EXITED = 'PROCESS_STATE_EXITED'
 FATAL = 'PROCESS_STATE_FATAL'
@@ -85,8 +86,6 @@ LOGS_IN_MAIL = 50
 NAMES_IN_SUBJECT = 10
 START_SECONDS = 5.0   # events are waiting
 SHUTDOWN_CALL_SECONDS = 5
-SHUTDOWN_FIRST_RETRY_SECONDS = 1.0
-SHUTDOWN_LAST_RETRY_SECONDS = 60.0
 
 
 # Options.
@@ -227,17 +226,24 @@ def compose(reports: Sequence[Report], omitted: int = 0) -> tuple[str, str]:
     subject = f'{len(reports)} crashes since {since}: {", ".join(titles[:NAMES_IN_SUBJECT])}'
     if len(titles) > NAMES_IN_SUBJECT:
         subject += f' and {len(titles) - NAMES_IN_SUBJECT} more'
-    same_logs: dict[str, list[str]] = {}
+    same_logs: dict[str, list[Crash]] = {}
     for report in reports:
         if report.logs:
-            same_logs.setdefault(report.logs, []).append(report.crash.title)
-    for logs, owners in same_logs.items():
-        lines += ['', join_names(sorted(set(owners))) + ':', logs]
-        if len(owners) > 1:
-            lines.append(f'(the same log {count(len(owners) - 1, "more time")})')
+            same_logs.setdefault(report.logs, []).append(report.crash)
+    for logs, crashes in same_logs.items():
+        lines += ['', f'{_describe_owners(crashes)}:', logs]
+        if len(crashes) > 1:
+            lines.append(f'(the same log {count(len(crashes) - 1, "more time")})')
     if omitted:
         lines += ['', f'Not included: the logs of {count(omitted, "more crash", "more crashes")}.']
     return subject, '\n'.join(lines)
+
+
+def _describe_owners(crashes: Sequence[Crash]) -> str:
+    """Return whose logs follow in a mail."""
+    if len(crashes) == 1 and crashes[0].pid:
+        return f'{crashes[0].title} (pid {crashes[0].pid})'
+    return join_names(sorted({crash.title for crash in crashes}))
 
 
 class Digest:
@@ -298,65 +304,6 @@ class Digest:
             self._held, self._logs, self._omitted = [], {}, 0
 
 
-class Shutdown:
-    """Asks supervisord to shut down, until it accepts that: there may be no further event to retry at."""
-
-    def __init__(self, supervisor: Supervisor, log: Log) -> None:
-        self._supervisor = supervisor
-        self._log = log
-        self._lock = threading.Lock()
-        self._timer: threading.Timer | None = None
-        self._retry_seconds = SHUTDOWN_FIRST_RETRY_SECONDS
-        self._failure = ''
-        self._is_closed = False
-        self.accepted = False
-
-    def request(self) -> None:
-        """Ask now, unless this is already being retried."""
-        with self._lock:
-            if not (self.accepted or self._timer):
-                self._ask()
-
-    def close(self) -> None:
-        """Give up: the listener exits."""
-        with self._lock:
-            self._is_closed = True
-            if self._timer:
-                self._timer.cancel()
-
-    def _retry(self) -> None:
-        with self._lock:
-            self._timer = None
-            if not self._is_closed:
-                self._ask()
-
-    def _ask(self) -> None:
-        try:
-            self._supervisor.call('shutdown')
-        except (Unknown, Refused) as why:
-            if isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE':
-                self.accepted = True
-                self._log('supervisord is already shutting down')
-                return
-            if str(why) != self._failure:
-                self._failure = str(why)
-                self._log(f'cannot shut down supervisord, will retry: {why}')
-            self._wait()
-        else:
-            self.accepted = True
-            self._log('asked supervisord to shut down')
-
-    def _wait(self) -> None:
-        timer = threading.Timer(self._retry_seconds, self._retry)
-        timer.daemon = True
-        self._retry_seconds = min(2 * self._retry_seconds, SHUTDOWN_LAST_RETRY_SECONDS)
-        try:
-            timer.start()
-        except RuntimeError:
-            return  # no thread could be started: the next crash asks again
-        self._timer = timer
-
-
 # The listener.
 
 class Crashmail:
@@ -370,8 +317,11 @@ class Crashmail:
         self._own_group = environment.get('SUPERVISOR_GROUP_NAME')
         self._outbox = Outbox(options.mail, 'crashmail', self._log)
         self._digest = Digest(options.interval_seconds, self._send) if options.interval_seconds else None
-        self._shutdown = (Shutdown(Supervisor(environment, SHUTDOWN_CALL_SECONDS), self._log)
-                          if options.shutdown else None)
+        self._shutdown: Shutdown | None = None
+        if options.shutdown:
+            from superlance.shutdown import Shutdown
+
+            self._shutdown = Shutdown(Supervisor(environment, SHUTDOWN_CALL_SECONDS), self._log)
         self._start_check = StartCheck('crashmail', make_wants(options), environment, self._log, request)
         self._investigator: Investigator | None = None
         self._server = ''

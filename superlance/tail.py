@@ -45,8 +45,9 @@ class Excerpt:
         self.has_lines = False
         self.trouble = ''       # why a log could not be read
 
-    def add_trouble(self, why: Exception) -> None:
-        self.trouble = self.trouble or str(why)
+    def add_trouble(self, why: Unknown | Refused) -> None:
+        shuts_down = isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE'
+        self.trouble = self.trouble or ('it is shutting down' if shuts_down else str(why))
 
 
 class ProcessLogs:

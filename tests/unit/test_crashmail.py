@@ -10,10 +10,11 @@ from support import NO_SUPERVISORD, run_in_process
 
 from superlance import crashlog, crashmail, mail
 from superlance.crashlog import Findings
-from superlance.crashmail import Crash, Crashmail, Digest, Report, Shutdown, compose, describe, find_crash
+from superlance.crashmail import Crash, Crashmail, Digest, Report, compose, describe, find_crash
 from superlance.listener import Event, ExitRequest, timestamp
 from superlance.options import EVERY, Name, UsageError, read_argv
 from superlance.rpc import Refused, Unknown
+from superlance.shutdown import Shutdown
 
 EXITED, FATAL = 'PROCESS_STATE_EXITED', 'PROCESS_STATE_FATAL'
 NOW = 1700000000.123
@@ -161,12 +162,14 @@ def test_mail_for_one_crash(crash: Crash, subject: str, text: str) -> None:
 def test_mail_for_several_crashes() -> None:
     reports = [Report(CRASHED._replace(pid=str(number), when=NOW + number, reason=f'exit status {number}'), 'boom')
                for number in range(10)]
-    reports += [Report(Crash('bar', 'x', '77', NOW + 20)), Report(GIVEN_UP._replace(when=NOW + 21), 'no file')]
+    reports += [Report(CRASHED), Report(Crash('bar', 'x', '77', NOW + 20), 'no file'),
+                Report(GIVEN_UP._replace(when=NOW + 21), 'another')]
     subject, body = compose(reports, 2)
-    assert subject == f'12 crashes since {timestamp(NOW)[11:19]}: bar:x, web'
+    assert subject == f'13 crashes since {timestamp(NOW)[11:19]}: bar:x, web'
     lines = [f'{timestamp(report.crash.when)}: {report.crash.text}' for report in reports]
     assert body == '\n'.join([
-        *lines, '', 'web:', 'boom', '(the same log 9 more times)', '', 'bar:x:', 'no file', '',
+        *lines, '', 'web:', 'boom', '(the same log 9 more times)', '', 'bar:x (pid 77):', 'no file', '', 'bar:x:',
+        'another', '',
         'Not included: the logs of 2 more crashes.'])
 
 

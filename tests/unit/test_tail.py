@@ -346,13 +346,18 @@ def test_update_that_has_changed_the_log(read: Read, log: Path, supervisord: Fak
     assert read() == 'The last lines of its stdout log:\n  new'
 
 
-def test_supervisord_that_does_not_answer(read: Read, log: Path, supervisord: FakeSupervisord) -> None:
+@pytest.mark.parametrize(('failure', 'reason'), [
+    (Unknown('no answer'), 'no answer'),
+    (Refused('SHUTDOWN_STATE', 'SHUTDOWN_STATE'), 'it is shutting down'),
+])
+def test_supervisord_that_does_not_answer(
+        read: Read, log: Path, supervisord: FakeSupervisord, failure: Exception, reason: str) -> None:
     append(log, 'words\n')
     read()
     append(log, 'more\n')
-    supervisord.failures['getProcessInfo'] = Unknown('no answer')
+    supervisord.failures['getProcessInfo'] = failure
     assert read() == ('The last lines of its stdout log:\n  more\n\n'
-                      'Could not read more of its logs through supervisord: no answer')
+                      f'Could not read more of its logs through supervisord: {reason}')
 
 
 def test_logs_that_supervisord_can_not_send(read: Read, supervisord: FakeSupervisord) -> None:
