@@ -145,7 +145,8 @@ class Input(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        ready, _, _ = select.select([self._fd, self._request], [], [])
+        waiting: list[Any] = [self._fd, self._request]
+        ready, _, _ = select.select(waiting, [], [])
         if self._request in ready:
             return 0
         data = os.read(self._fd, len(buffer))   # PyPy has no os.readv

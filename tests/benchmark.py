@@ -1,26 +1,26 @@
-"""What the listeners cost, beside superlance 2.0.0 and beside what can't be had for less.
+"""Compare the cost of the listeners with superlance 2.0.0 and with the least possible.
 
     python tests/benchmark.py
 
-takes four minutes, needs Linux, a Python from 3.8 and a package index, and is no part of the test run. It installs
-superlance 2.0.0 and this checkout, with the same supervisor, into two environments in a temporary folder, measures
-both in turn (A B A B ...) on the same real supervisord, and prints medians:
+takes about five minutes, needs Linux, Python 3.8 or later and a package index, and is not part of the test run. It
+installs superlance 2.0.0 and this checkout, with the same supervisor, into two environments in a temporary folder,
+measures both in turn (A B A B ...) on the same real supervisord, and prints medians:
 
 - a tick of memmon: from the event to its acknowledgement, with all processes within their limits; the CPU time of the
-  listener with the commands it runs, and that of supervisord, are means. The first tick of this package, which gets to
-  know the machine, is not counted. The floor is a bare `ps` with the arguments that memmon uses. "-c" counts
-  descendants; "foreign" is with processes over the limit that are not supervisord's;
-- memory: what is resident at rest after the first events, none of which needs supervisord or a mail but where that is
-  said (a foreign process over the limit is asked about once); the floor is a Python that sleeps;
+  listener and the commands that it runs, and that of supervisord, are means. The first tick of this package, at which
+  it learns about the machine, is not counted. The floor is a bare `ps` with the arguments that memmon uses. "-c"
+  includes descendants; "foreign" is with processes over the limit that are not supervisord's;
+- memory: what is resident at rest after the first events, none of which needs supervisord or a mail unless the row says
+  so (supervisord is asked about a foreign process once); the floor is a Python that sleeps;
 - ready: from the start of the console script to its first READY; the floor is a Python that does nothing;
-- crashes acknowledged a second while the mail command takes 50 ms;
-- a storm: 120 programs die within two seconds. Mails by then, and events that supervisord threw away because crashmail
-  did not take them; the floor is what supervisord handed to this package's crashmail;
-- httpok: from the first tick after a server has begun to hang to the restart of its program, less the timeout. This
-  package imports then, once in its life, what it needs to ask supervisord.
+- crashes acknowledged per second while the mail command takes 50 ms;
+- a storm: 120 programs exit within two seconds. Mails, and events that supervisord discarded because crashmail did not
+  read them in time; the floor is what supervisord handed to this package's crashmail;
+- httpok: from the first tick after a server has begun to hang to the restart of its program, less the timeout. At this
+  point, once in its life, this package imports what it needs to call supervisord.
 
-A ratio stands beside the figure that it is to reach; "!" marks one that it does not. The ratios say something, the
-times only compare within one run, and on a busy machine a ratio near its figure needs a second run.
+A ratio is printed beside its goal; "!" marks a goal that was missed. Compare ratios: times only compare within one run,
+and on a busy machine a ratio near its goal needs a second run.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ READ_MAIL = 'cat >/dev/null'
 # The table.
 
 class Goal(NamedTuple):
-    """The ratio to reach: `<=` or `>=` a figure."""
+    """A ratio that should be `<=` or `>=` a figure."""
 
     sense: str
     figure: float
@@ -92,7 +92,7 @@ def format_ratio(value: float, base: float | None, goal: Goal | None) -> str:
     if goal is None:
         return f'{ratio:.3f}'
     reached = ratio <= goal.figure if goal.sense == '<=' else ratio >= goal.figure
-    return '{:.3f} ({} {:g}){}'.format(ratio, goal.sense, goal.figure, '' if reached else ' !')
+    return f"{ratio:.3f} ({goal.sense} {goal.figure:g}){'' if reached else ' !'}"
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -109,7 +109,7 @@ def print_table(rows: Sequence[Row]) -> None:
 # What is measured: two environments, listeners that the benchmark itself drives, a real supervisord.
 
 def run(*command: str) -> None:
-    """Run a command; where the benchmark is ended meanwhile, so are the command and all that it started."""
+    """Run a command; if the benchmark is interrupted, the command and its children are killed."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         process.wait()
@@ -118,7 +118,7 @@ def run(*command: str) -> None:
         process.wait()
         raise
     if process.returncode:
-        raise RuntimeError('exit status %d: %s' % (process.returncode, ' '.join(command)))
+        raise RuntimeError(f"exit status {process.returncode}: {' '.join(command)}")
 
 
 def install(folder: Path, *requirements: str) -> Path:
@@ -157,7 +157,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError('something did not happen within %d s' % TIMEOUT_SECONDS)
+            raise RuntimeError(f'something did not happen within {TIMEOUT_SECONDS} s')
         time.sleep(0.01)
 
 
@@ -167,7 +167,7 @@ class Supervisord:
     def __init__(self, pid: int, folder: Path) -> None:
         self.pid = pid
         self.folder = folder
-        self.url = 'unix://%s' % (folder / 's.sock')
+        self.url = f"unix://{folder / 's.sock'}"
 
     def count(self, text: str) -> int:
         """Return how often the log has a text."""
@@ -185,13 +185,13 @@ def supervising(commands: Path, programs: int, listener: str = '') -> Iterator[S
     """Run a supervisord with so many programs that sleep, and perhaps a listener's section."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / 'conf').write_text('''
+        (folder / 'conf').write_text(f'''
 [supervisord]
 nodaemon=true
 logfile=%(here)s/log
 pidfile=%(here)s/pid
 childlogdir=%(here)s
-minfds=2000
+minfds=4000
 [unix_http_server]
 file=%(here)s/s.sock
 [rpcinterface:supervisor]
@@ -199,7 +199,7 @@ supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 [program:p]
 command=sleep 600
 process_name=p%(process_num)d
-numprocs=''' + '%d' % programs + '''
+numprocs={programs}
 startsecs=0
 autorestart=false
 stopsignal=KILL
@@ -213,7 +213,7 @@ stderr_logfile=NONE
             wait_for(lambda: supervisord.count('entered RUNNING state') >= programs + bool(listener))
             yield supervisord
         finally:
-            process.terminate()  # ends all that it runs, too
+            process.terminate()  # it stops everything that it runs
             process.wait()
 
 
@@ -229,8 +229,7 @@ class Listener:
     def serve(self, name: str, payload: str) -> float:
         """Send an event and return the seconds until it was acknowledged."""
         assert self._process.stdin
-        header = 'ver:3.0 server:supervisor serial:1 pool:listener poolserial:1 eventname:%s len:%d\n' % (
-            name, len(payload))
+        header = f'ver:3.0 server:supervisor serial:1 pool:listener poolserial:1 eventname:{name} len:{len(payload)}\n'
         start = time.perf_counter()
         self._process.stdin.write((header + payload).encode('utf-8'))
         self._expect(b'RESULT 2\nOK')
@@ -248,8 +247,7 @@ class Listener:
             got += chunk
         if got != expected:
             self._log.seek(0)
-            raise RuntimeError('{!r} where {!r} was expected; the log: {}'.format(
-                got, expected, self._log.read().decode('utf-8', 'replace')))
+            raise RuntimeError(f"{got!r}, expected {expected!r}; log: {self._log.read().decode('utf-8', 'replace')}")
 
 
 @contextmanager
@@ -265,15 +263,15 @@ def listening(url: str, commands: Path, program: str, *options: str) -> Iterator
 
 def read_cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process and of its children that have ended: 14th to 17th field of proc(5)'s stat."""
-    fields = Path('/proc/%d/stat' % pid).read_text('utf-8').rpartition(')')[2].split()
+    fields = Path(f'/proc/{pid}/stat').read_text('utf-8').rpartition(')')[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf('SC_CLK_TCK')
 
 
 def read_resident_mb(pid: int) -> float:
-    for line in Path('/proc/%d/status' % pid).read_text('utf-8').splitlines():
+    for line in Path(f'/proc/{pid}/status').read_text('utf-8').splitlines():
         if line.startswith('VmRSS:'):
             return int(line.split()[1]) / 1024
-    raise RuntimeError('process %d has no VmRSS' % pid)
+    raise RuntimeError(f'process {pid} has no VmRSS')
 
 
 # memmon's tick.
@@ -312,7 +310,7 @@ def own_cpu_seconds() -> float:
 
 
 def run_ps() -> tuple[float, float]:
-    """Run the bare ps and return the ms that it took, wall and CPU."""
+    """Run the bare ps and return the ms that it took, by the clock and of CPU time."""
     cpu_start, start = own_cpu_seconds(), time.perf_counter()
     subprocess.run(PS, env=dict(os.environ, LC_ALL='C'), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
     return 1000 * (time.perf_counter() - start), 1000 * (own_cpu_seconds() - cpu_start)
@@ -320,7 +318,7 @@ def run_ps() -> tuple[float, float]:
 
 def measure_ticks(old: Path, new: Path, supervisord: Supervisord, what: str, options: Sequence[str],
                   repetitions: int, old_repetitions: int, goals: bool) -> list[Row]:
-    """Return the rows for wall, listener's CPU and supervisord's CPU."""
+    """Return the rows of the time, of the listener's CPU time and of supervisord's."""
     with listening(supervisord.url, old, 'memmon', *options) as old_listener, \
             listening(supervisord.url, new, 'memmon', *options) as new_listener:
         new_listener.serve(*TICK)
@@ -355,15 +353,15 @@ def foreign_processes() -> Iterator[None]:
 def measure_memmon(old: Path, new: Path) -> list[Row]:
     rows = []
     walls: dict[int, Row] = {}
-    for programs, repetitions, old_repetitions in ((10, 40, 4), (50, 60, 3), (100, 60, 3), (400, 60, 1)):
+    for programs, repetitions, old_repetitions in ((10, 40, 4), (50, 60, 3), (100, 60, 3), (400, 60, 1), (1000, 20, 1)):
         with supervising(old, programs) as supervisord:
             def measure(what: str, *options: str) -> list[Row]:
-                return measure_ticks(old, new, supervisord, '%d processes%s' % (programs, what), options,
+                return measure_ticks(old, new, supervisord, f'{programs:,} processes{what}', options,
                                      repetitions, old_repetitions, goals=programs == 100)
             found = measure('', '-a', '1GB')
             walls[programs] = found[0]
             rows += found
-            if programs != 50:
+            if programs not in (50, 1000):
                 rows += measure(', -c', '-c', '-a', '1GB')
             if programs == 100:
                 with foreign_processes():
@@ -393,12 +391,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serve HTTP on loopback; yields the URL, and what lets the server hang: still connected to, never answering."""
+    """Serve HTTP on loopback; yield the URL, and a function that makes the server accept connections and not answer."""
     with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield 'http://127.0.0.1:%d/' % server.server_address[1], server.shutdown
+            yield f'http://127.0.0.1:{server.server_address[1]}/', server.shutdown
         finally:
             server.shutdown()
             thread.join()
@@ -406,11 +404,11 @@ def serving() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def measure_resident(url: str, events: Sequence[tuple[str, str]], commands: Path, program: str,
                      *options: str) -> float:
-    """Return the MB that a listener holds after these events."""
+    """Return the MB that a listener uses after these events."""
     with listening(url, commands, program, *options) as listener:
         for event in events:
             listener.serve(*event)
-        time.sleep(0.5)  # a mail may be on its way
+        time.sleep(0.5)  # a mail may be being sent
         return read_resident_mb(listener.pid)
 
 
@@ -437,6 +435,10 @@ def measure_memory(old: Path, new: Path, supervisord: Supervisord, web: str) -> 
         measure('crashmail after a mail', None, [CRASH], 'crashmail', '-a', *mail)]
     with foreign_processes():
         rows.append(measure('memmon, foreign', 0.55, [TICK] * 3, 'memmon', '-a', '50MB', *mail))
+    with supervising(old, 1000) as large:
+        found = [tuple(measure_resident(large.url, [TICK] * 3, commands, 'memmon', '-a', '200MB', *mail)
+                       for commands in (old, new))]
+        rows.append(make_row('memory, memmon, 1,000 processes: MB', found))
     return rows
 
 
@@ -467,7 +469,7 @@ def measure_starts(old: Path, new: Path, supervisord: Supervisord, web: str) -> 
 # Crashes.
 
 def measure_crash_rate(url: str, commands: Path) -> float:
-    """Return how many crashes in a row a listener acknowledges a second."""
+    """Return how many crashes in a row a listener acknowledges per second."""
     with listening(url, commands, 'crashmail', '-a', *MAIL, READ_MAIL + '; sleep 0.05') as listener:
         start = time.perf_counter()
         for _ in range(STORM_PROGRAMS):
@@ -477,18 +479,18 @@ def measure_crash_rate(url: str, commands: Path) -> float:
 
 def measure_crash_rates(old: Path, new: Path, supervisord: Supervisord) -> list[Row]:
     found = [(measure_crash_rate(supervisord.url, old), measure_crash_rate(supervisord.url, new)) for _ in range(2)]
-    return [make_row('crashes acknowledged a second', found, at_least(20))]
+    return [make_row('crashes acknowledged per second', found, at_least(20))]
 
 
 def raise_storm(commands: Path, buffer_size: int) -> tuple[int, int]:
-    """Let the programs of a supervisord die; return the crashes mailed and the events thrown away."""
-    listener = '''
+    """Kill the programs of a supervisord; return the crashes mailed and the events discarded."""
+    listener = f'''
 [eventlistener:crashmail]
-command=%s -a -m nobody@localhost -s "grep ^Subject >>%%(here)s/mails; sleep 0.05"
+command={commands / 'crashmail'} -a -m nobody@localhost -s "grep ^Subject >>%(here)s/mails; sleep 0.05"
 events=PROCESS_STATE_EXITED
-buffer_size=%d
+buffer_size={buffer_size}
 stopsignal=KILL
-''' % (commands / 'crashmail', buffer_size)
+'''
     with supervising(commands, STORM_PROGRAMS, listener) as supervisord:
         mails = supervisord.folder / 'mails'
 
@@ -514,11 +516,11 @@ def measure_storms(old: Path, new: Path) -> list[Row]:
     for buffer_size in (10, 1000):
         old_mailed, old_discarded = raise_storm(old, buffer_size)
         new_mailed, new_discarded = raise_storm(new, buffer_size)
-        # With the greater buffer supervisord has to hand over all.
+        # With the larger buffer supervisord has to hand over all of them.
         handed_over = STORM_PROGRAMS - (new_discarded if buffer_size == 10 else 0)
-        rows += [Row('storm, buffer_size=%d: mailed of %d' % (buffer_size, STORM_PROGRAMS), old_mailed, new_mailed,
+        rows += [Row(f'storm, buffer_size={buffer_size}: mailed of {STORM_PROGRAMS}', old_mailed, new_mailed,
                      handed_over, to_floor=at_least(1)),
-                 Row('  thrown away by supervisord', old_discarded, new_discarded)]
+                 Row('  discarded by supervisord', old_discarded, new_discarded)]
     return rows
 
 
@@ -547,10 +549,10 @@ def measure_restarts(old: Path, new: Path, supervisord: Supervisord) -> list[Row
 
 def measure_all(folder: Path) -> list[Row]:
     def say(what: str) -> None:
-        sys.stderr.write('%3d s: %s\n' % (time.monotonic() - start, what))
+        sys.stderr.write(f'{time.monotonic() - start:3.0f} s: {what}\n')
 
     start = time.monotonic()
-    os.environ['TMPDIR'] = str(folder)  # where a pip that is killed leaves files
+    os.environ['TMPDIR'] = str(folder)  # a pip that is killed leaves files there
     say('installing superlance 2.0.0 and this checkout')
     old, new = install_both(folder)
     say("memmon's ticks")

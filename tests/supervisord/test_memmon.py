@@ -233,7 +233,7 @@ def test_samples_start_again_after_a_restart_that_failed(world: World) -> None:
     with world.memmon('-a', '100KB', '--samples=2') as listener:
         for number in range(1, 5):
             listener.tick()
-            wait_for(lambda number=number: listener.log.count('failed to stop web') >= number // 2, 'log')
+            wait_for(lambda: listener.log.count('failed to stop web') >= number // 2, 'log')
         listener.close()
         assert listener.log.count('memmon: failed to stop web') == 2
     assert world.inbox.subjects == ['memmon: failed to stop process web:web'] * 2

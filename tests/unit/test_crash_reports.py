@@ -29,7 +29,8 @@ def find_crashes(text: str) -> list[str]:
     return re.findall(r'(\S+) \(pid 123\) exited unexpectedly', text)
 
 
-CRASHES = [('web', 'web', 0), ('web', 'site', 0), ('db', 'site', 0), ('db', 'db', 0), ('web', 'web', 1), ('db', 'site', 1)]
+CRASHES = [
+    ('web', 'web', 0), ('web', 'site', 0), ('db', 'site', 0), ('db', 'db', 0), ('web', 'web', 1), ('db', 'site', 1)]
 UNEXPECTED = ['web', 'site:web', 'site:db', 'db']
 
 

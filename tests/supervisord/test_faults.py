@@ -1,4 +1,4 @@
-"""Restarts on a real supervisord: lost calls, failed starts, an operator, signals, and a supervisord that exits."""
+"""Faults on a real supervisord: lost calls, failed starts, an operator, signals, and a supervisord that exits."""
 from __future__ import annotations
 
 import ctypes
