@@ -344,6 +344,18 @@ def test_repeating_ends_when_somebody_else_took_over_or_it_is_unknown(later: Any
     assert supervisor.calls == ['getProcessInfo']
 
 
+def test_lost_looks_are_no_failed_starts() -> None:
+    """They do not delay the repetition of one that has failed."""
+    supervisor = Scripted([INFO, LOST_CALL])
+    rig = Rig(supervisor)
+    rig.restart()
+    supervisor.answers['getProcessInfo'] = [FATAL, LOST_CALL]
+    rig.restarter.retry()
+    supervisor.answers['getProcessInfo'] = [FATAL, RUNNING]     # two starts have failed, the third follows at once
+    assert rig.restarter.retry()
+    assert supervisor.count('startProcess') == 3
+
+
 def test_process_that_is_left_down_is_not_restarted_again_by_a_check() -> None:
     supervisor = Scripted([INFO, FATAL])
     rig = Rig(supervisor)
