@@ -84,10 +84,7 @@ class Step(Enum):
 
 
 class StoppedProcess:
-    """A process that was stopped here, or may have been, and is not known to run again.
-
-    Times are by the restarter's clock.
-    """
+    """A process that was or may have been stopped here, and is not known to run again; times are of Restarter's clock."""
 
     def __init__(self, checked: Process) -> None:
         self.checked = checked
@@ -95,7 +92,7 @@ class StoppedProcess:
         self.trouble = ''                       # what went wrong since the last start, in words
         self.lost_calls = 0                     # in a row
         self.since = 0.0                        # its last start, or the first look of this tick
-        self.start_answer: str | None = None    # to our last start: ACCEPTED, LOST or a fault; None: it has failed
+        self.start_answer: str | None = None    # to our last start, unless that has failed: ACCEPTED, LOST or a fault
         self.failed_start: int | None = None    # supervisord's start time of our last start that failed
         self.failures = 0
         self.retry_at = 0.0

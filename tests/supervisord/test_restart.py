@@ -81,7 +81,7 @@ def test_only_children_that_outlive_the_stop_are_reported(tmp_path: Path) -> Non
 
 @pytest.fixture
 def hour_later() -> Callable[[], float]:
-    """A clock that is an hour later at each look."""
+    """A clock that advances by an hour at every reading."""
     now = [0.0]
 
     def clock() -> float:
@@ -103,7 +103,7 @@ def test_start_that_fails_for_good_ends_when_its_operator_starts_it(tmp_path: Pa
         assert spawned in (2, 3)
         restarter._clock = hour_later
         failed = supervisord.info('web')['start']
-        wait_for(lambda: time.time() >= failed + 1)     # supervisord tells the times of starts in whole seconds
+        wait_for(lambda: time.time() >= failed + 1)     # supervisord reports it in whole seconds
         supervisord.rpc.startProcess('web', False)
         supervisord.wait_for_state('web', 'FATAL')
         for _ in range(3):

@@ -269,7 +269,7 @@ class Schedule:
         is_ours = ledger.down_by == US or (ledger.down_by is None and ledger.starter == US)
         if is_ours or self.is_late_call or ledger.down_since >= ledger.looked_at:
             return
-        # What nobody can tell from outside: a lost stop from the operator's, a lost start from the operator's.
+        # From outside, a lost stop or start of ours cannot be distinguished from the operator's.
         if ledger.down_by == OPERATOR:
             assert incident.is_stop_uncertain, "the operator's stop was undone"
         else:
