@@ -84,7 +84,7 @@ class Step(Enum):
 
 
 class StoppedProcess:
-    """A process that was, or may have been, stopped here and is not known to run again; times are by Restarter's clock."""
+    """A process that was, or may have been, stopped here and is not known to run again; times are by the clock."""
 
     def __init__(self, checked: Process) -> None:
         self.checked = checked
