@@ -267,6 +267,7 @@ class Httpok:
         # Why nothing was known or done last, as it was logged.
         self._skipped = self._left_alone = ''
         self._server = ''
+        self._failed_at = 0.0                       # the last failed check, by the monotonic clock
 
     def start(self) -> None:
         self._log(describe_options(self._options))
@@ -327,10 +328,11 @@ class Httpok:
     def _handle_bad(self, verdict: Verdict, check_began: float) -> None:
         """Restart what is to be restarted after a failed check, and send mail if it is time to. Raises Skipped."""
         options, outage = self._options, self._outage
+        self._failed_at = time.monotonic()      # the outage includes the time of the restarts
         watched: list[Process] = []
         trouble = ''
         if options.names and (
-                options.grace_seconds or outage.is_enough() or outage.is_reminder_due(time.monotonic())):
+                options.grace_seconds or outage.is_enough() or outage.is_reminder_due(self._failed_at)):
             try:
                 watched = self._find_watched(verdict)
                 trouble = '' if watched else 'nothing restarted: no process is watched'
@@ -340,7 +342,7 @@ class Httpok:
         self._refuse_at_exit(verdict)
         if options.grace_seconds and are_all_in_grace(watched, options.grace_seconds):
             self._log(f'{options.check.url}: {verdict.text} (grace period)')
-            if outage.note_bad_in_grace(time.monotonic()):
+            if outage.note_bad_in_grace(self._failed_at):
                 fates = list(filter(None, (leave_alone(process, options.grace_seconds) for process in watched)))
                 self._mail_bad(verdict, fates, summarize(fates))
         elif outage.is_enough():
@@ -348,12 +350,12 @@ class Httpok:
         else:
             progress = f'failed check {outage.failures + 1} of {options.failures}'
             self._log(f'{options.check.url}: {verdict.text} ({progress})')
-            if outage.note_bad(time.monotonic()):
+            if outage.note_bad(self._failed_at):
                 fates = [Fate(process, Result.LEFT_ALONE, f'left alone: {progress}') for process in watched]
                 self._mail_bad(verdict, fates, progress)
 
     def _act(self, verdict: Verdict, watched: Sequence[Process], trouble: str, check_began: float) -> None:
-        if not self._options.names and self._outage.wants_mail({Kind.NOTHING}, time.monotonic()):
+        if not self._options.names and self._outage.wants_mail({Kind.NOTHING}, self._failed_at):
             self._refuse_at_shutdown(verdict)
         self._log(f'{self._options.check.url}: {verdict.text}')
         fates, left = [], []
@@ -370,7 +372,7 @@ class Httpok:
         if left_alone and left_alone != self._left_alone:
             self._log(left_alone)
         self._left_alone = left_alone
-        if self._outage.note_action(kinds, count_restarts(fates), time.monotonic()):
+        if self._outage.note_action(kinds, count_restarts(fates), self._failed_at):
             self._mail_bad(verdict, fates, summarize(fates) or ('nothing restarted' if self._options.names else ''))
 
     def _restart(self, process: Process) -> Fate:
@@ -461,7 +463,7 @@ class Httpok:
     def _mail_bad(self, verdict: Verdict, fates: Sequence[Fate], summary: str) -> None:
         """Send mail about a failed check; summary is the outcome in a few words, or ''."""
         lines = [*self._lines, *(f'{describe_process(fate.process)}: {fate.text}' for fate in fates)]
-        seconds = self._outage.seconds(time.monotonic())
+        seconds = self._outage.seconds(self._failed_at)
         if seconds >= 1:
             restarts = f", {count(self._outage.restarts, 'restart')} so far" if self._options.names else ''
             lines.append(f'failing for {format_duration(seconds)}{restarts}')

@@ -265,6 +265,13 @@ def test_an_outage_with_a_restart_at_every_tick(make_rig: Callable[..., Rig]) ->
     assert rig.tick(200, 200) == ([], [])
 
 
+def test_an_outage_includes_the_time_of_its_restart(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')
+    rig.supervisor.on_list = lambda: setattr(rig, 'now', rig.now + 60)
+    assert rig.tick(500)[1] == [f'{BAD} (restarted web)']
+    assert rig.tick(200)[1] == ['recovered after 1m 5s']
+
+
 def test_a_reminder_has_the_number_of_restarts(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web', '--remind=10', '--failures=2')
     assert rig.tick(500, 500)[1] == [f'{BAD} (restarted web)']
