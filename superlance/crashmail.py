@@ -1,48 +1,54 @@
 """Usage: crashmail [options]
 
-Sends mail when a process exits unexpectedly. crashmail is an event listener of
-supervisor. With PROCESS_STATE_FATAL among its events, it also reports that
-supervisord has given up starting a process:
+Send mail when a process exits unexpectedly, or when supervisord gives up
+starting it. crashmail is an event listener of supervisor and subscribes to two
+events:
 
     [eventlistener:crashmail]
     command=crashmail -m bob@example.com
     events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
     buffer_size=1000
 
-Processes to watch; without -p, all of them:
-  -p, --program=NAME          watch NAME: program, group, group:program or
-                              group:*; repeatable
-  -a, --any                   watch every process of supervisord
+What to report:
+  -p, --program=NAME          Report crashes of NAME: program, group,
+                              group:program or group:*. Repeatable.
+  -a, --any                   Report crashes of every process (default).
+
+Reports:
+      --tail=N                Add the last N lines of the process' stdout and
+                              stderr logs (default: none).
+      --interval=TIME         Report the first crash at once, and those of the
+                              next TIME in one mail (default: one mail for each
+                              crash). A TIME is seconds, or a number with s, m,
+                              h or d.
+      --shutdown              Shut supervisord down after reporting a crash, so
+                              that its container exits.
 
 Mail:
-  -m, --email=ADDR            recipients, comma-separated; repeatable; default:
-                              crashes are only logged
-  -o, --optionalheader=TEXT   begin the subject with "TEXT: "
-      --tail=N                include the last N lines of the process' stdout
-                              and stderr logs
-      --interval=TIME         send the first crash at once, and those of the
-                              next TIME in one mail; TIME is seconds, or a
-                              number with s, m, h or d
-  -s, --sendmail_program=CMD  shell command that reads the message (default:
-                              /usr/sbin/sendmail -t -i); also run without -m
-      --smtp=URL              send through smtp://[user[:password]@]host[:port]
-                              or smtps://...; the password may be in the
-                              environment variable SUPERLANCE_SMTP_PASSWORD
-      --webhook=URL           also send each notice to a chat room's webhook,
-                              as JSON; the URL may be in SUPERLANCE_WEBHOOK
-      --from=ADDR             sender address
-
-Containers:
-      --shutdown              after reporting a crash of a watched process,
-                              shut supervisord down; it exits with status 0
+  -m, --email=ADDR            Send mail to ADDR, or to several addresses,
+                              separated by commas. Repeatable (default: no
+                              mail).
+  -o, --optionalheader=TEXT   Begin the subject with "TEXT:"
+                              (default: nothing).
+  -s, --sendmail_program=CMD  Send mail with this shell command, even without
+                              -m (default: /usr/sbin/sendmail -t -i).
+      --smtp=URL              Send mail through this server instead:
+                              smtp://[user[:password]@]host[:port] or
+                              smtps://... The password may also be in
+                              SUPERLANCE_SMTP_PASSWORD.
+      --webhook=URL           Post each notice to the webhook of a chat, with
+                              or without -m. The URL may also be in
+                              SUPERLANCE_WEBHOOK.
+      --from=ADDR             Set the sender of mail (default: chosen by CMD;
+                              with --smtp, crashmail@HOST).
 
 Diagnostics:
-      --once                  run the checks that are made at start, send a
-                              test notice and print the result; the exit status
-                              is 0 if all is well, else 1
-      --configuration=FILE    for --once: the supervisord.conf to use
-  -h, --help                  print this text
-      --version               print the version
+      --once                  Send a test notice now, print the answers, and
+                              exit with status 1 if something is wrong.
+      --configuration=FILE    Find supervisord with this supervisord.conf
+                              (--once only; default: as supervisorctl does).
+  -h, --help                  Print this text.
+      --version               Print the version.
 """
 from __future__ import annotations
 

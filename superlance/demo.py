@@ -1,14 +1,15 @@
 """Usage: python -m superlance.demo [--keep]
 
-Shows memmon, httpok and crashmail at work, in about 20 seconds. The demo starts
-a real supervisord in a temporary folder, with a program that leaks memory, one
-that hangs and one that crashes, and prints what the three listeners do.
+Show memmon, httpok and crashmail at work, in about 20 seconds. The demo starts
+its own supervisord in a temporary directory, with a program that leaks memory,
+one that hangs and one that crashes, and prints what the three listeners do.
+Mail is not sent, but written to a file and printed.
 
-      --keep  keep the folder with its configuration, logs and mails
-  -h, --help  print this text
+      --keep  Keep the directory with the configuration, the logs and the mail
+              (default: remove it).
+  -h, --help  Print this text.
 
-Mail is written to a file and shown. At the end, all processes have exited and
-the folder is removed. The exit status is 0 if each listener has done its job.
+The exit status is 0 if each listener has done its job.
 """
 from __future__ import annotations
 

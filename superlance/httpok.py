@@ -19,49 +19,55 @@ Expected response:
                               of the body (default: 10). A refused connection
                               is retried until then.
   -c, --code=STATUS           Expect this status. Repeatable (default: 200).
-  -b, --body=TEXT             Expect this text in the body.
+  -b, --body=TEXT             Expect this text in the body (default: any body).
 
 Request:
-      --header='NAME: VALUE'  Send this header, Host too. Repeatable.
+      --header='NAME: VALUE'  Send this header, which may be Host. Repeatable.
                               --header=@FILE reads headers from a file, one per
                               line.
       --unix-socket=PATH      Connect to this socket instead of the URL's host.
       --verify                Verify the certificate (default: accept any).
-      --cafile=FILE           Verify it with these CA certificates (PEM).
-  A URL may contain user:password@; SUPERLANCE_HTTP_PASSWORD is the password of
-  a URL with user@.
+      --cafile=FILE           Verify it against the CA certificates in FILE, in
+                              PEM format (default: those of the system).
+  The URL may contain user:password@. The password may also be in
+  SUPERLANCE_HTTP_PASSWORD.
 
 Restarts:
-  -e, --eager                 Check at every tick (default).
+  -e, --eager                 Check at every TICK event (default).
   -E, --not-eager             Check only if a watched process is RUNNING.
       --failures=N            Restart only after N failed checks in a row
                               (default: 1).
       --grace=TIME            Do not restart a process that has been up for
-                              less than TIME (default: 0). A TIME is seconds,
+                              less than TIME (default: 0s). A TIME is seconds,
                               or a number with s, m, h or d.
       --max-restarts=N/TIME   Restart a process at most N times within TIME,
                               then leave it alone (default: no limit).
       --dry-run               Log and mail what would be restarted, but restart
                               nothing.
-  -d, --coredir=DIR           Write a core dump into DIR before a restart.
-  -g, --gcore=CMD             Write it with this command, run as CMD DIR/NAME
-                              PID (default: /usr/bin/gcore -o).
+  -d, --coredir=DIR           Write a core dump into DIR before each restart
+                              (default: none).
+  -g, --gcore=CMD             Write core dumps with this command, run as
+                              CMD DIR/NAME PID (default: /usr/bin/gcore -o).
 
 Mail:
-  -m, --email=ADDR            Send mail to ADDR; comma-separated, repeatable
-                              (default: log only).
+  -m, --email=ADDR            Send mail to ADDR, or to several addresses,
+                              separated by commas. Repeatable (default: no
+                              mail).
       --remind=TIME           Repeat the mail every TIME while the check fails
                               (default: 1h; 0: at every check).
-  -n, --name=NAME             Begin the subject with "httpok [NAME]".
+  -n, --name=NAME             Begin the subject with "httpok [NAME]:"
+                              (default: "httpok:").
   -s, --sendmail_program=CMD  Send mail with this shell command
                               (default: /usr/sbin/sendmail -t -i).
-      --smtp=URL              Send mail through the server of this URL:
+      --smtp=URL              Send mail through this server instead:
                               smtp://[user[:password]@]host[:port] or
                               smtps://... The password may also be in
                               SUPERLANCE_SMTP_PASSWORD.
-      --webhook=URL           Post notices to a chat, too, as JSON. The URL
-                              may also be in SUPERLANCE_WEBHOOK.
-      --from=ADDR             Set the sender of mail.
+      --webhook=URL           Post each notice to the webhook of a chat, with
+                              or without -m. The URL may also be in
+                              SUPERLANCE_WEBHOOK.
+      --from=ADDR             Set the sender of mail (default: chosen by CMD;
+                              with --smtp, httpok@HOST).
 
 Diagnostics:
       --once                  Check now, print the response and what would be

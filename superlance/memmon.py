@@ -13,11 +13,12 @@ Limits (at least one is required; the most specific one applies):
                               group:*. Repeatable.
   -g, --groupname=GROUP=SIZE  Set the limit of each process of GROUP.
                               Repeatable.
-  -a, --any=SIZE              Set the limit of every process. A SIZE is bytes,
-                              or a number with KB, MB, GB or TB, as in 1.5GB.
+  -a, --any=SIZE              Set the limit of every other process. A SIZE is
+                              bytes, or a number with KB, MB, GB or TB, as in
+                              1.5GB.
 
 Restarts:
-  -c, --cumulative            Include the memory of all child processes.
+  -c, --cumulative            Add the memory of all descendants of a process.
       --samples=N             Restart only after N ticks in a row over the
                               limit (default: 1).
       --max-restarts=N/TIME   Restart a process at most N times within TIME,
@@ -27,20 +28,24 @@ Restarts:
                               nothing.
 
 Mail:
-  -m, --email=ADDR            Send mail to ADDR; comma-separated, repeatable
-                              (default: log only).
-  -u, --uptime=TIME           Send mail only if the restarted process had been
-                              up for at most TIME (default: always).
-  -n, --name=NAME             Begin the subject with "memmon [NAME]".
+  -m, --email=ADDR            Send mail to ADDR, or to several addresses,
+                              separated by commas. Repeatable (default: no
+                              mail).
+  -u, --uptime=TIME           Send mail about a restart only if the process had
+                              been up for at most TIME (default: always).
+  -n, --name=NAME             Begin the subject with "memmon [NAME]:"
+                              (default: "memmon:").
   -s, --sendmail_program=CMD  Send mail with this shell command
                               (default: /usr/sbin/sendmail -t -i).
-      --smtp=URL              Send mail through the server of this URL:
+      --smtp=URL              Send mail through this server instead:
                               smtp://[user[:password]@]host[:port] or
                               smtps://... The password may also be in
                               SUPERLANCE_SMTP_PASSWORD.
-      --webhook=URL           Post notices to a chat, too, as JSON. The URL
-                              may also be in SUPERLANCE_WEBHOOK.
-      --from=ADDR             Set the sender of mail.
+      --webhook=URL           Post each notice to the webhook of a chat, with
+                              or without -m. The URL may also be in
+                              SUPERLANCE_WEBHOOK.
+      --from=ADDR             Set the sender of mail (default: chosen by CMD;
+                              with --smtp, memmon@HOST).
 
 Diagnostics:
       --once                  Check now, print a table of all processes, and
