@@ -107,7 +107,8 @@ def find_next_step(stopped: StoppedProcess, current: Process) -> Step:
     failed start, then a start of ours whose outcome is open, or somebody else, has changed it.
     """
     checked, state = stopped.checked, current.state
-    if state in (State.RUNNING, State.STARTING) and (current.pid, current.start) == (checked.pid, checked.start):
+    is_checked = (current.pid, current.start) == (checked.pid, checked.start)
+    if state in (State.RUNNING, State.STARTING) and is_checked and stopped.start_answer != ACCEPTED:
         return Step.UNTOUCHED
     if state == State.RUNNING:
         return Step.DONE

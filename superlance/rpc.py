@@ -79,6 +79,21 @@ class Process(NamedTuple):
         return max(0, self.now - self.start)
 
 
+# What supervisor documents of an answer, as far as it is used here; [x]: any number of x.
+INFO = {'group': str, 'name': str, 'pid': int, 'state': int, 'statename': str, 'start': int, 'now': int}
+SHAPES = {'getProcessInfo': INFO, 'getAllProcessInfo': [INFO], 'getAllConfigInfo': [{'group': str, 'name': str}],
+          'readLog': str}
+
+
+def has_shape(answer: Any, shape: Any) -> bool:
+    """Return whether an answer has one of the SHAPES."""
+    if isinstance(shape, dict):
+        return isinstance(answer, dict) and all(has_shape(answer.get(name), shape[name]) for name in shape)
+    if isinstance(shape, list):
+        return isinstance(answer, list) and all(has_shape(item, shape[0]) for item in answer)
+    return isinstance(answer, shape)
+
+
 def make_process(info: Mapping[str, Any]) -> Process:
     """Return the Process for supervisor's info structure."""
     return Process(info['group'], info['name'], info['pid'], info['state'], info['statename'],
@@ -142,7 +157,7 @@ class Supervisor:
             proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
             _accept_control_characters(proxy('transport'))
             try:
-                return getattr(proxy.supervisor, method)(*arguments)
+                answer = getattr(proxy.supervisor, method)(*arguments)
             finally:
                 proxy('close')()
         except Fault as why:
@@ -161,6 +176,9 @@ class Supervisor:
             # If the URL has a password, the text may contain a part of it.
             reason = getattr(why, 'strerror', None) or (str(why) if shown == url else '') or type(why).__name__
             raise Unknown(f'supervisord at {shown} does not answer {method}: {reason}') from None
+        if not has_shape(answer, SHAPES.get(method, object)):
+            raise Unknown(f'supervisord at {shown} sent an unexpected answer to {method}: {str(answer)[:80]!r}')
+        return answer
 
     def _describe_401(self) -> str:
         complaint = ('rejects the user name and password (401): check' if self._environment.get('SUPERVISOR_USERNAME')

@@ -143,6 +143,8 @@ def test_next_step_if_no_start_is_open(state: State, pid: int, start: int, step:
 
 
 @pytest.mark.parametrize(('answer', 'state', 'start', 'step'), [
+    (ACCEPTED, State.RUNNING, 1000, Step.DONE),     # whatever its pid: the start was accepted
+    (LOST, State.RUNNING, 1000, Step.UNTOUCHED),
     (ACCEPTED, State.FATAL, 1005, Step.FAILED),
     (ACCEPTED, State.EXITED, 1005, Step.DONE),
     (ACCEPTED, State.STOPPED, 1000, Step.LEAVE),    # started and stopped in the second in which it was started before
@@ -157,7 +159,7 @@ def test_next_step_if_no_start_is_open(state: State, pid: int, start: int, step:
 def test_next_step_after_a_start(answer: str, state: State, start: int, step: Step) -> None:
     stopped = StoppedProcess(make_process(INFO))
     stopped.failed_start, stopped.start_answer = 1007, answer
-    assert find_next_step(stopped, make_process(became(state, start=start))) is step
+    assert find_next_step(stopped, make_process(became(state, pid=100, start=start))) is step
 
 
 # One restart, and what the next tick does about it.

@@ -153,6 +153,21 @@ def test_answer_that_says_nothing_is_unknown(answer: bytes, reason: str) -> None
         supervisor.call('getState')
 
 
+@pytest.mark.parametrize(('method', 'answer'), [
+    ('getProcessInfo', True),
+    ('getProcessInfo', {**INFO, 'pid': 'none'}),
+    ('getProcessInfo', {key: value for key, value in INFO.items() if key != 'start'}),
+    ('getAllProcessInfo', INFO),
+    ('getAllProcessInfo', [INFO, 1]),
+    ('getAllConfigInfo', [{'name': 'web'}]),
+    ('readLog', 1),
+])
+def test_answer_that_supervisor_does_not_document_is_unknown(method: str, answer: Any) -> None:
+    with supervised(answering(xml(answer))) as supervisor, \
+            pytest.raises(Unknown, match=f'sent an unexpected answer to {method}: .'):
+        supervisor.call(method)
+
+
 @pytest.mark.parametrize(('environment', 'text'), [
     ({}, 'supervisord requires a user name and password (401): set SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD with '
          "environment= in the listener's section (with --once: username and password in [supervisorctl])"),
