@@ -82,7 +82,7 @@ def parse_headers(text: str) -> list[tuple[str, str]]:
 def parse_socket_path(text: str) -> str:
     """Return the path of a unix socket. Raises ValueError if it is too long for one."""
     if not 0 < len(os.fsencode(text)) <= SOCKET_PATH_BYTES:
-        raise ValueError(f'{text!r} is not the path of a socket, which has from 1 to {SOCKET_PATH_BYTES} bytes')
+        raise ValueError(f'{text!r} is not the path of a socket; write one of 1 to {SOCKET_PATH_BYTES} bytes')
     return text
 
 
@@ -146,7 +146,7 @@ def build_request(given: Given, target: Target) -> Request:
     try:
         tls_context = make_tls_context('verify' in given, cafile) if target.tls else None
     except OSError as why:
-        raise UsageError(f'option --cafile: cannot use {cafile!r}: {why.strerror or why}; '
+        raise UsageError(f'option --cafile: unable to use {cafile!r}: {why.strerror or why}; '
                          'name a file of CA certificates in PEM format') from why
     return Request(target, headers=tuple(headers), unix_socket=given.last('unix-socket'), tls_context=tls_context,
                    retry_refused=True)

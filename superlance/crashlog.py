@@ -129,7 +129,7 @@ class Calls:
         """Call a method of supervisord. Raises Unknown and Refused."""
         started = self._clock()
         if started < self._resume_at:
-            raise Unknown('supervisord answered too late a short while ago')
+            raise Unknown('supervisord is not asked for 1m after a late answer')
         if started >= self._end_at:
             raise Unknown(f'supervisord did not answer within {CALLS_SECONDS:g}s')
         try:
@@ -219,13 +219,13 @@ class ExitReasons:
         try:
             return find()
         except Unknown as why:
-            self._log_once(f'cannot find out why a process exited: {why}')
+            self._log_once(f'unable to determine why a process exited: {why}')
         except Refused as why:
             if why.fault in ('NO_FILE', 'FAILED'):
-                self._log_once('exit statuses are not available, because supervisord cannot read back its own log: '
+                self._log_once('unable to determine exit statuses, because supervisord cannot read its own log: '
                                'set logfile in [supervisord] to a file')
             elif why.fault != 'SHUTDOWN_STATE':
-                self._log_once(f'cannot find out why a process exited: {why}')
+                self._log_once(f'unable to determine why a process exited: {why}')
         return ''
 
     def _log_once(self, line: str) -> None:

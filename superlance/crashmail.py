@@ -124,7 +124,7 @@ def build_options(given: Given, arguments: list[str]) -> Options:
     """Return the Options for a command line. Raises UsageError."""
     settings = mail.read_settings(given, without_recipients=True)
     if 'once' in given and not settings.sends_anything:
-        raise UsageError('option --once: it sends a test notice; name a recipient with -m, or a webhook with --webhook')
+        raise UsageError('option --once sends a test notice: it requires -m, -s or --webhook')
     given.ignore_arguments('crashmail', arguments)
     prefix = given.last('optionalheader')
     if prefix == '':
@@ -201,7 +201,7 @@ def find_crash(event: Event) -> Crash | None:
     if event.name == EXITED and tokens.get('expected') == '1':
         return None
     if 'processname' not in tokens or (event.name == EXITED and tokens.get('expected') != '0'):
-        raise ValueError(f'cannot parse a {event.name} event: {event.payload[:200]!r}')
+        raise ValueError(f'unable to parse a {event.name} event: {event.payload[:200]!r}')
     program = tokens['processname']
     pid = (tokens.get('pid') or 'unknown') if event.name == EXITED else ''
     return Crash(tokens.get('groupname', program), program, pid, event.received)

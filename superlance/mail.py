@@ -103,7 +103,7 @@ def parse_webhook(text: str) -> Target:
     try:
         return parse_url(text, shown='webhook')
     except ValueError:
-        raise ValueError('the value, which is not shown because it is secret, is not a valid URL; '
+        raise ValueError('not a valid URL (not shown, because it is secret); '
                          'write https://HOST/PATH') from None
 
 
@@ -183,7 +183,7 @@ def find_command_problem(settings: Settings) -> str:
         return ''
     if settings.sendmail == SENDMAIL:
         return f'mail command {word} not found: install a mail server such as Postfix, or use --smtp or -s'
-    return 'the command of -s is not found, or is not executable'
+    return 'the command of -s was not found or is not executable'
 
 
 def _exists(word: str) -> bool:

@@ -203,7 +203,7 @@ def describe_options(options: Options) -> str:
         parts.append(f"at most {count(rate.times, 'restart')} of a process in {format_duration(rate.seconds)}")
     parts.append(mail.describe(options.mail))
     if options.uptime_seconds is not None:
-        parts.append(f'mail of restarts only up to an uptime of {format_duration(options.uptime_seconds)}')
+        parts.append(f'mail about a restart only if the uptime was at most {format_duration(options.uptime_seconds)}')
     return f"memmon {__version__}: {'; '.join(parts)}"
 
 
@@ -240,7 +240,7 @@ def decide(process: Process, used_bytes: int | None, limit_bytes: int | None) ->
     if not process.pid:
         return f'not running ({process.state_name})'
     if used_bytes is None:
-        return 'its memory cannot be read'
+        return 'unable to read its memory'
     if limit_bytes is None:
         return 'not watched'
     if used_bytes <= limit_bytes:

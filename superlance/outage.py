@@ -160,7 +160,7 @@ def describe_left_alone(fates: Iterable[Fate]) -> str:
     titles: dict[str, list[str]] = {}
     for fate in fates:
         titles.setdefault(fate.text, []).append(fate.process.title)
-    return '; '.join(f'{join_names(names)} {text}' for text, names in titles.items())
+    return '; '.join(text.replace('left', f'left {join_names(names)}', 1) for text, names in titles.items())
 
 
 def describe_process(process: Process) -> str:

@@ -195,7 +195,7 @@ class Queue:
         try:
             thread.start()
         except RuntimeError as why:
-            self._log(f'queued {self._what} "{notice.subject}" until the next one or until exit: {why}')
+            self._log(f'queued {self._what} "{notice.subject}" until another notice or exit: {why}')
         else:
             self._thread = thread
 

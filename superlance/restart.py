@@ -29,7 +29,7 @@ FINAL_FAULTS = ('BAD_NAME', 'SHUTDOWN_STATE')
 SURVIVE_SECONDS = 2
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'pgid=', '-o', 'stat=')
 PS_SECONDS = 10
-NO_RETRY = 'not started again, as the listener is shutting down'
+NO_RETRY = 'no further retry, because the listener is shutting down'
 
 
 class Result(Enum):
@@ -321,7 +321,7 @@ class Restarter:
                     is_tried = True
                     self._start(stopped)
                     if self._is_exiting():
-                        return self._forget(stopped, Result.RESTARTED, 'its start was accepted')
+                        return self._forget(stopped, Result.RESTARTED, 'supervisord has accepted the start')
                 current = self._supervisor.get_process(stopped.checked.namespec)
             except (Refused, Unknown) as why:
                 step, outcome = Step.LOOK, self._note_trouble(stopped, why)
@@ -371,7 +371,7 @@ class Restarter:
             is_over = seconds >= BACKOFF_SECONDS or self._is_exiting()
             return self._make_failure(stopped, current.spawn_error) if is_over else None
         if current.state == State.STARTING and self._is_exiting():
-            return self._forget(stopped, Result.RESTARTED, 'its start was accepted')
+            return self._forget(stopped, Result.RESTARTED, 'supervisord has accepted the start')
         if seconds < FOLLOW_SECONDS:
             return None
         duration = format_duration(FOLLOW_SECONDS)
@@ -400,7 +400,7 @@ class Restarter:
         """Leave a process to the next tick."""
         if stopped.is_stopped:
             return self._make_failure(stopped, stopped.trouble)
-        promise = NO_RETRY if self._is_finishing else 'if it stops after all, it is started again'
+        promise = NO_RETRY if self._is_finishing else 'will be started again if it stops'
         return make_outcome(stopped.checked, Result.STOP_FAILED, f'{stopped.trouble}; {promise}')
 
     def _settle(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:

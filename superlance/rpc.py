@@ -170,8 +170,8 @@ class Supervisor:
                 raise Unknown(self._describe_401()) from None
             raise Unknown(f'supervisord at {shown} answered {method} with {why.errcode} {why.errmsg}') from None
         except PermissionError as why:
-            raise Unknown(f"user {os.getuid()} may not open supervisord's socket {shown}: see chmod and chown in "
-                          "[unix_http_server], or user in the listener's section") from why
+            raise Unknown(f"uid {os.getuid()} is not allowed to open supervisord's socket {shown}: see chmod and chown "
+                          "in [unix_http_server], or user in the listener's section") from why
         except (OSError, HTTPException, ExpatError, Error, ValueError) as why:
             # If the URL has a password, the text may contain a part of it.
             reason = getattr(why, 'strerror', None) or (str(why) if shown == url else '') or type(why).__name__
@@ -225,7 +225,7 @@ class Supervisor:
             if interrupt and interrupt.requested:
                 raise Unknown('interrupted, because the listener is shutting down') from why
             if deadline.seconds_left() <= 0:
-                raise Unknown(f'supervisord did not answer within {seconds:g} s') from why
+                raise Unknown(f'supervisord did not answer within {seconds:g}s') from why
             return [self.call(*call) for call in calls]     # for example, there is no process left for a helper
         if fault:
             raise Refused(fault, reason)

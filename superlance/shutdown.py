@@ -52,7 +52,7 @@ class Shutdown:
                 return
             if str(why) != self._failure:
                 self._failure = str(why)
-                self._log(f'cannot shut down supervisord, will retry: {why}')
+                self._log(f'unable to shut down supervisord, will retry: {why}')
             self._wait()
         else:
             self.accepted = True

@@ -121,7 +121,7 @@ class Session:
             'PLAIN': smtp.auth_plain, 'LOGIN': smtp.auth_login, 'CRAM-MD5': smtp.auth_cram_md5}
         name = next((name for name in mechanisms if name in offered), None)
         if name is None:
-            raise SendFailed(f"{self._server.host} offers no login with {', '.join(mechanisms)}", permanent=True)
+            raise SendFailed(f"{self._server.host} does not support login with {', '.join(mechanisms)}", permanent=True)
         smtp.user, smtp.password = self._server.user, self._server.password
         smtp.auth(name, mechanisms[name], initial_response_ok=name != 'CRAM-MD5')
 

@@ -73,13 +73,13 @@ def check_core_directory(path: str) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as why:
-        return f'core directory {path}: {why.strerror}; create it, and make it writable for user {os.geteuid()}'
+        return f'core directory {path}: {why.strerror}; create it, and make it writable for uid {os.geteuid()}'
     if not stat.S_ISDIR(mode):
         return f'core directory {path} is not a directory'
     if not os.access(path, os.W_OK | os.X_OK):
-        return f'core directory {path} is not writable for user {os.geteuid()}, as whom this listener runs'
+        return f'core directory {path} is not writable for uid {os.geteuid()}, as which this listener runs'
     if mode & stat.S_IWOTH:
-        return f'core directory {path} is writable for other users, who could read or replace core dumps: ' \
+        return f'core directory {path} is writable by other users, who could read or replace core dumps: ' \
                'use a directory that only this listener can write to'
     return None
 
@@ -142,7 +142,7 @@ def check_logs(watched: Iterable[Config]) -> list[str]:
             reason = find_log_problem(config, stream)
             if reason:
                 titles.setdefault((stream, reason), []).append(make_title(config))
-    return [f'--tail cannot read the {stream} log of {join_names(names)}: {reason}'
+    return [f'unable to read the {stream} log of {join_names(names)} for --tail: {reason}'
             for (stream, reason), names in titles.items()]
 
 
@@ -186,7 +186,7 @@ def _exists(pid: int) -> bool:
 
 
 def describe_hidden(program: str, hidden: Sequence[Process]) -> str:
-    return (f"cannot read the memory of {join_names([process.title for process in hidden])}: other users' processes "
+    return (f"unable to read the memory of {join_names([process.title for process in hidden])}: other users' processes "
             'are hidden, probably by the mount option hidepid of /proc; '
             f'run {program} as root or as the user of these processes')
 
@@ -282,7 +282,7 @@ class StartCheck:
             try:
                 readable_pids = self._wants.read_pids(max(0.1, deadline - self._clock()))
             except Unknown as why:
-                raise Unknown(f'cannot read memory: {why}') from why
+                raise Unknown(f'unable to read memory: {why}') from why
             self.report_hidden(processes, readable_pids)
 
 

@@ -78,7 +78,7 @@ class ProcessLogs:
         except (Unknown, Refused) as why:
             excerpt.add_trouble(why)
         if excerpt.trouble:
-            excerpt.parts.append(f'Could not read more of its logs through supervisord: {excerpt.trouble}')
+            excerpt.parts.append(f'Unable to read more of its logs through supervisord: {excerpt.trouble}')
         # Lines of the process may have been in the report of the crash before.
         nothing = 'Its logs have no new lines since its last crash.' if seen else 'Its logs are empty.'
         return '\n\n'.join(excerpt.parts or [nothing])
@@ -104,7 +104,7 @@ class ProcessLogs:
         """Add what there is to say about a log to which these channels are written."""
         title = f"{' and '.join(channels)} log"
         if is_device(path):
-            excerpt.parts.append(f'Its {title} cannot be read back: {path} is not a file.')
+            excerpt.parts.append(f'Unable to read its {title}: {path} is not a file.')
         elif path:
             lines = strip_escapes(self._read(namespec, path, channels[0])).rstrip('\n').split('\n')[-self._lines:]
             if lines == ['']:
@@ -116,7 +116,7 @@ class ProcessLogs:
             excerpt.parts.append('\n  '.join([f'The last lines of its {title}:', *lines]))
             excerpt.has_lines = True
         elif 'stdout' in channels:  # stderr alone has no file if it is redirected to stdout
-            excerpt.parts.append('Its stdout log cannot be read back: stdout_logfile is NONE or syslog.')
+            excerpt.parts.append('Unable to read its stdout log: stdout_logfile is NONE or syslog.')
 
     def _read(self, namespec: str, path: str, channel: str) -> str:
         """Return the end of a log, '' if there is nothing new. Raises Unknown and Refused."""

@@ -80,7 +80,7 @@ def test_explicit_mail_command_is_run_without_recipients(start: Start, inbox: Co
 def test_event_that_can_not_be_parsed_is_logged_and_acknowledged(start: Start) -> None:
     listener = start()
     listener.serve_event(EXITED, 'processname:web expec')
-    assert "crashmail: cannot parse a PROCESS_STATE_EXITED event: 'processname:web expec'\n" in listener.log
+    assert "crashmail: unable to parse a PROCESS_STATE_EXITED event: 'processname:web expec'\n" in listener.log
 
 
 def test_interval(start: Start, inbox: CommandInbox) -> None:
@@ -144,7 +144,7 @@ def test_supervisord_that_does_not_answer_is_asked_once_in_a_while(start: Start,
     assert 'did not answer' in bodies[0] or 'does not answer' in bodies[0]
     for pid, body in enumerate(bodies[1:]):
         assert f'web (pid {pid}) exited unexpectedly\n' in body
-        assert 'Could not read more of its logs through supervisord: supervisord answered too late' in body
+        assert 'Unable to read more of its logs through supervisord: supervisord is not asked for 1m' in body
 
 
 def test_signal_while_a_crash_is_looked_into_loses_no_mail(start: Start, inbox: CommandInbox) -> None:
@@ -174,7 +174,7 @@ def test_shutdown_is_retried_although_there_is_no_further_event(start: Start, tm
         listener = start('--shutdown', url=f'http://127.0.0.1:{port}')
         listener.crash()
         log = listener.wait_for_log('asked supervisord to shut down')
-    assert log.index('web (pid 123) exited') < log.index('cannot shut down supervisord, will retry: ')
+    assert log.index('web (pid 123) exited') < log.index('unable to shut down supervisord, will retry: ')
 
 
 # Cost.

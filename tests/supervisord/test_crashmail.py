@@ -97,7 +97,7 @@ startretries=0
     statuses = [line.partition(' unexpectedly')[2] for line in crashes if line.startswith('loop')]
     assert statuses == [f': exit status {number + 1}' for number in range(len(statuses))]
     bodies = '\n'.join(mail.get_content() for mail in inbox.mails)
-    assert 'Its stdout log cannot be read back: /dev/null is not a file.' in bodies
+    assert 'Unable to read its stdout log: /dev/null is not a file.' in bodies
     assert 'The last lines of its stderr log:\n  no config\n' in bodies
     first = next(mail.get_content() for mail in inbox.mails if str(mail['Subject']).startswith('loop'))
     assert re.search(r'exit status 1\n\nThe last lines of its stdout log:\n  run 1\n', first)
@@ -243,7 +243,7 @@ def test_checks_at_start(tmp_path: Path) -> None:
         listener.expect(b'READY\n')
         assert 'warning: no process matches "wbe"\n' in log
         assert 'no process is named "worker"; using all processes of group "worker"\n' in log
-        assert 'warning: --tail cannot read the stdout log of worker:0, worker:1: there is none' in log
+        assert 'warning: unable to read the stdout log of worker:0, worker:1 for --tail: there is none' in log
         assert listener.close() == 0
 
 

@@ -200,7 +200,8 @@ def test_socket_without_permission(rig: Rig) -> None:
         rig.supervisord.socket.chmod(0)
         listener.send_event('TICK_5', f'when:{int(time.time())}')
         listener.expect(b'RESULT 2\nOK')
-        listener.wait_for_log(f"user {os.getuid()} may not open supervisord's socket {rig.supervisord.url}: see chmod")
+        listener.wait_for_log(
+            f"uid {os.getuid()} is not allowed to open supervisord's socket {rig.supervisord.url}: see chmod")
         rig.supervisord.socket.chmod(0o700)
         listener.tick()
         listener.wait_for_log('restarted web')

@@ -122,7 +122,7 @@ def test_a_process_that_was_started_during_the_check_is_left_alone(shared: Super
         assert watch.tick() == {'web:web'}
         pid = shared.info('web:web')['pid']
         (subject, _), = watch.close()
-    assert watch.log[-1] == 'web left alone: it was started during the check'
+    assert watch.log[-1] == 'left web alone: it was started during the check'
     assert subject.endswith('(web left alone)')
     assert shared.info('web:web')['pid'] == pid
 

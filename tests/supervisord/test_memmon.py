@@ -441,8 +441,8 @@ def test_once_with_memory_that_cannot_be_read(world: World) -> None:
     world.print(f"1 0 4\n{world.pids['foo:foo']} 1 4\n")
     printed = run_memmon_once(world, '-p', 'web=1MB', '-p', 'foo:foo=1MB')
     assert printed.returncode == 1
-    assert read_rows(printed.stdout)['web:web'][3] == 'its memory cannot be read'
-    assert printed.stdout.splitlines()[-1].startswith('warning: cannot read the memory of web: ')
+    assert read_rows(printed.stdout)['web:web'][3] == 'unable to read its memory'
+    assert printed.stdout.splitlines()[-1].startswith('warning: unable to read the memory of web: ')
     assert run_memmon_once(world, '-p', 'foo:foo=1MB').returncode == 0
 
 

@@ -42,9 +42,9 @@ GROUP_NOTE = 'no process is named "pool"; using all processes of group "pool"'
 TYPO = 'warning: no process matches "wbe"'
 STOP_TIME = ('warning: stopwaitsecs=10 of memmon is shorter than stopwaitsecs=60 of slow: if memmon is stopped while '
              'it restarts slow, slow may stay down; set stopwaitsecs=80 in [eventlistener:memmon]')
-LOGS = ['warning: --tail cannot read the stdout log of container: it goes to /dev/null',
-        'warning: --tail cannot read the stdout log of quiet: there is none (stdout_logfile=NONE)',
-        'warning: --tail cannot read the stderr log of quiet: it goes to syslog']
+LOGS = ['warning: unable to read the stdout log of container for --tail: it goes to /dev/null',
+        'warning: unable to read the stdout log of quiet for --tail: there is none (stdout_logfile=NONE)',
+        'warning: unable to read the stderr log of quiet for --tail: it goes to syslog']
 
 
 @pytest.fixture(scope='module')
@@ -127,8 +127,8 @@ def hidepid(tmp_path: Path) -> str:
 
 
 def test_processes_that_hidepid_hides_are_logged_at_start(tmp_path: Path, hidepid: str) -> None:
-    line = ("warning: cannot read the memory of web: other users' processes are hidden, probably by the mount option "
-            'hidepid of /proc; run memmon as root or as the user of these processes')
+    line = ("warning: unable to read the memory of web: other users' processes are hidden, probably by the mount "
+            'option hidepid of /proc; run memmon as root or as the user of these processes')
     with Supervisord(tmp_path, '[program:web]\ncommand=sleep 1000\nstartsecs=0\nuser=nobody\n') as supervisord:
         supervisord.wait_for_state('web')
         with Listener(['memmon', '-a', '1KB'], supervisord.environment, executable=hidepid) as listener:

@@ -137,8 +137,8 @@ def test_tls(argv: list[str], verified: bool) -> None:
     (['--unix-socket=', URL], "option --unix-socket: '' is not the path of a socket"),
     (['--unix-socket', '/' + 'x' * 107, URL], "option --unix-socket: '/xxx"),
     (['--cafile=/nonexistent', 'https://a/'],
-     "option --cafile: cannot use '/nonexistent': No such file or directory; name a file of CA certificates in PEM"),
-    ([f'--cafile={__file__}', 'https://a/'], f"option --cafile: cannot use '{__file__}': "),
+     "option --cafile: unable to use '/nonexistent': No such file or directory; name a file of CA certificates in PEM"),
+    ([f'--cafile={__file__}', 'https://a/'], f"option --cafile: unable to use '{__file__}': "),
 ])
 def test_usage_errors(argv: list[str], reason: str) -> None:
     with pytest.raises(UsageError) as raised:

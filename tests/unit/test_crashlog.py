@@ -24,7 +24,7 @@ from superlance.rpc import Refused, Unknown
 
 STAMP = '2026-11-22 05:02:11,123'
 TOO_QUICKLY = 'Exited too quickly (process log may have details)'
-NO_LOG = ('exit statuses are not available, because supervisord cannot read back its own log: '
+NO_LOG = ('unable to determine exit statuses, because supervisord cannot read its own log: '
           'set logfile in [supervisord] to a file')
 KILLED, THREE, FOUR = 'terminated by SIGKILL', 'exit status 3', 'exit status 4'
 
@@ -339,8 +339,8 @@ def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkey
 @pytest.mark.parametrize(('failure', 'line'), [
     (Refused('NO_FILE', 'NO_FILE'), NO_LOG),
     (Refused('FAILED', 'FAILED'), NO_LOG),
-    (Refused('BAD_ARGUMENTS', 'BAD_ARGUMENTS'), 'cannot find out why a process exited: BAD_ARGUMENTS'),
-    (Unknown('supervisord does not answer'), 'cannot find out why a process exited: supervisord does not answer'),
+    (Refused('BAD_ARGUMENTS', 'BAD_ARGUMENTS'), 'unable to determine why a process exited: BAD_ARGUMENTS'),
+    (Unknown('supervisord does not answer'), 'unable to determine why a process exited: supervisord does not answer'),
     (Refused('SHUTDOWN_STATE', 'SHUTDOWN_STATE'), ''),
 ])
 def test_log_that_can_not_be_read_is_reported_once(supervisord: FakeSupervisord, failure: Exception, line: str) -> None:
@@ -366,7 +366,7 @@ def test_late_answer_is_used_and_followed_by_a_pause(supervisord: FakeSupervisor
     assert investigator.investigate('web', 'web', '12', False).reason == ''
     assert len(supervisord.calls) == calls
     assert supervisord.lines == [
-        'cannot find out why a process exited: supervisord answered too late a short while ago']
+        'unable to determine why a process exited: supervisord is not asked for 1m after a late answer']
     supervisord.now += 10
     supervisord.delay_seconds = 0.001
     assert investigator.investigate('web', 'web', '12', False).reason == KILLED

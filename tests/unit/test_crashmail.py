@@ -32,7 +32,7 @@ def build(*argv: str) -> crashmail.Options:
     (['-p', '*'], "option -p: '*' is not a process name; write program, group:program or group:*"),
     (['--tail=0'], "option --tail: '0' is not a count; write a whole number, at least 1"),
     (['--interval=0'], "option --interval: '0' must be greater than 0"),
-    (['--once'], 'option --once: it sends a test notice; name a recipient with -m, or a webhook with --webhook'),
+    (['--once'], 'option --once sends a test notice: it requires -m, -s or --webhook'),
 ])
 def test_bad_options(argv: list[str], error: str) -> None:
     with pytest.raises(UsageError) as why:
@@ -123,9 +123,9 @@ def test_which_events_are_crashes(name: str, payload: str, crash: Crash | None) 
     (FATAL, 'groupname:bar from_state:BACKOFF'),
 ])
 def test_events_that_can_not_be_parsed(name: str, payload: str) -> None:
-    with pytest.raises(ValueError, match='cannot parse') as why:
+    with pytest.raises(ValueError, match='unable to parse') as why:
         find_crash(Event(name, payload, 'supervisor', NOW))
-    assert str(why.value) == f'cannot parse a {name} event: {payload!r}'
+    assert str(why.value) == f'unable to parse a {name} event: {payload!r}'
 
 
 @pytest.mark.parametrize(('argv', 'watched'), [
@@ -340,7 +340,7 @@ def test_shutdown_is_retried_with_a_back_off(timers: list[FakeTimer]) -> None:
         timers[-1].fire()
     assert shutdown.accepted
     assert [timer.seconds for timer in timers] == [1, 2, 4, 8, 16, 32, 60, 60]
-    retries = [f'cannot shut down supervisord, will retry: {why}'
+    retries = [f'unable to shut down supervisord, will retry: {why}'
                for why in ('no answer', 'no password', 'FAILED', 'no answer')]
     assert lines == [*retries, 'asked supervisord to shut down']
 
@@ -420,7 +420,7 @@ def test_every_crash_is_logged_and_those_of_watched_processes_are_reported(monke
     rig.crashmail.finish()
     assert [line for line in rig.lines if NO_SUPERVISORD not in line] == [    # which the start check reports
         'web (pid 7) exited unexpectedly: exit status 3', 'db (pid 7) exited unexpectedly: exit status 3',
-        "cannot parse a PROCESS_STATE_EXITED event: 'processname:web expec'"]
+        "unable to parse a PROCESS_STATE_EXITED event: 'processname:web expec'"]
     assert rig.outbox.notices == [(
         f'db1: web crashed at {timestamp(NOW)}',
         f'{timestamp(NOW)}: web (pid 7) exited unexpectedly: exit status 3\n\n5 lines', 'sup')]

@@ -255,7 +255,7 @@ def test_only_ticks_are_served(make_rig: Callable[..., Rig]) -> None:
 def test_an_outage_with_a_restart_at_every_tick(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(FakeSupervisor(web=('RUNNING', 100), idle=('STOPPED', 0)), '-p', 'web', '-p', 'idle')
     first = rig.tick(500)
-    assert first == ([BAD_LINE, 'restarted web', 'idle left alone: not RUNNING'], [f'{BAD} (restarted web)'])
+    assert first == ([BAD_LINE, 'restarted web', 'left idle alone: not RUNNING'], [f'{BAD} (restarted web)'])
     assert rig.mails[0][1] == (f'{URL}\n\n{BAD_LINE}\nweb (RUNNING, pid {PID}, up 1m 45s): restarted web\n'
                                'idle (STOPPED): left alone: not RUNNING\n')
     assert rig.tick(500, 500) == ([BAD_LINE, 'restarted web'] * 2, [])
@@ -356,9 +356,9 @@ def test_an_earlier_restart_that_is_not_complete(make_rig: Callable[..., Rig],
      [f'{BAD_LINE} (grace period)'], []),
     # Some are older: these are restarted.
     (['-a'], {'web': ('RUNNING', 55), 'api': ('RUNNING', 54)},
-     [BAD_LINE, 'restarted web', 'api left alone: grace period of 1m'], [f'{BAD} (restarted web)']),
+     [BAD_LINE, 'restarted web', 'left api alone: grace period of 1m'], [f'{BAD} (restarted web)']),
     # None is RUNNING.
-    (['-a'], {'web': ('STOPPED', 5)}, [BAD_LINE, 'web left alone: not RUNNING'], [f'{BAD} (web left alone)']),
+    (['-a'], {'web': ('STOPPED', 5)}, [BAD_LINE, 'left web alone: not RUNNING'], [f'{BAD} (web left alone)']),
     # Too few failed checks.
     (['-a', '--failures=2'], {'web': ('RUNNING', 99)}, [f'{BAD_LINE} (failed check 1 of 2)'], []),
 ])
@@ -387,7 +387,7 @@ def test_a_process_that_was_started_during_the_check_is_left_alone(make_rig: Cal
         rig.supervisor.now += 2
         rig.supervisor.set('web', 'RUNNING', start=rig.supervisor.now - 1)
     rig.supervisor.on_list = restart
-    assert rig.tick(500) == ([BAD_LINE, 'web left alone: it was started during the check'], [f'{BAD} (web left alone)'])
+    assert rig.tick(500) == ([BAD_LINE, 'left web alone: it was started during the check'], [f'{BAD} (web left alone)'])
 
 
 def test_not_eager(make_rig: Callable[..., Rig]) -> None:

@@ -209,13 +209,13 @@ def test_invalid_options(argv: list[str], complaint: str) -> None:
     'https://chat.example.com/k3y k3yk3y', 'https://[k3yk3yk3y', 'https://k3yk3yk3y\u2100/',
     'chat.example.com/k3yk3yk3y', f"https://{'k3yk3yk3y' * 10}.com/"])
 def test_invalid_webhook_is_not_shown(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    complaint = 'the value, which is not shown because it is secret, is not a valid URL; write https://HOST/PATH'
+    complaint = 'not a valid URL (not shown, because it is secret); write https://HOST/PATH'
     with pytest.raises(UsageError) as why:
         read_options('--webhook', url)
     assert str(why.value) == f'option --webhook: {complaint}'
     if url:
         monkeypatch.setenv('SUPERLANCE_WEBHOOK', url)
-        with pytest.raises(UsageError, match=f'^environment variable SUPERLANCE_WEBHOOK: {complaint}$'):
+        with pytest.raises(UsageError, match=f'^environment variable SUPERLANCE_WEBHOOK: {re.escape(complaint)}$'):
             read_options()
 
 
@@ -227,10 +227,10 @@ def test_invalid_webhook_is_not_shown(url: str, monkeypatch: pytest.MonkeyPatch)
     ('"/nonexistent/my mailer" x', ''),
     ('FOO=1 /nonexistent/mailer', ''),
     (' ', ''),
-    ('/nonexistent/s3cret-mailer -t', 'the command of -s is not found, or is not executable'),
-    ('/etc/passwd', 'the command of -s is not found, or is not executable'),
-    ('/bin', 'the command of -s is not found, or is not executable'),
-    ('nonexistent-s3cret', 'the command of -s is not found, or is not executable'),
+    ('/nonexistent/s3cret-mailer -t', 'the command of -s was not found or is not executable'),
+    ('/etc/passwd', 'the command of -s was not found or is not executable'),
+    ('/bin', 'the command of -s was not found or is not executable'),
+    ('nonexistent-s3cret', 'the command of -s was not found or is not executable'),
 ])
 def test_missing_mail_command(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = mail.Settings(TO, text)

@@ -151,7 +151,7 @@ def test_first_line_of_the_log(argv: list[str], text: str) -> None:
 
 def test_first_line_of_the_log_names_the_uptime_for_mail() -> None:
     assert memmon.describe_options(build('-a', '1KB', '-u', '5m')).endswith(
-        '; mail of restarts only up to an uptime of 5m')
+        '; mail about a restart only if the uptime was at most 5m')
 
 
 # Decide.
@@ -200,7 +200,7 @@ def test_the_most_specific_limit_applies(argv: list[str], namespec: str, limit_b
     (make_process(), 2, 1, memmon.OVER),
     (make_process(), 1, 1, 'ok'),
     (make_process(), 2, None, 'not watched'),
-    (make_process(), None, 1, 'its memory cannot be read'),
+    (make_process(), None, 1, 'unable to read its memory'),
     (make_process(state=State.STOPPING), 2, 1, 'over its limit: left alone (STOPPING)'),
     (make_process(state=State.STOPPING), 1, 1, 'ok'),
     (make_process(pid=0, state=State.EXITED), None, 1, 'not running (EXITED)'),
@@ -450,7 +450,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     (['-p', 'web=2KB', '-p', 'db=1GB'], 0, None),
     (['-p', 'web=1KB'], 1, None),
     (['-p', 'wbe=1KB'], 1, 'warning: no process matches "wbe"'),
-    (['-p', 'web=1GB', '-p', 'hidden=1KB'], 1, 'warning: cannot read the memory of hidden: '),
+    (['-p', 'web=1GB', '-p', 'hidden=1KB'], 1, 'warning: unable to read the memory of hidden: '),
     (['-p', 'web=1GB', 'stray'], 0, "warning: ignored argument 'stray': "),
 ])
 def test_once_prints_a_table_and_warnings(

@@ -214,7 +214,7 @@ def test_describe_process(process: Process, expected: str) -> None:
 def test_describe_left_alone() -> None:
     fates = [Fate(make_process(name), Result.LEFT_ALONE, text) for name, text in (
         ('web', 'left alone: A'), ('api', 'left alone: B'), ('db', 'left alone: A'))]
-    assert outage.describe_left_alone(fates) == 'web, db left alone: A; api left alone: B'
+    assert outage.describe_left_alone(fates) == 'left web, db alone: A; left api alone: B'
     assert outage.describe_left_alone([]) == ''
 
 

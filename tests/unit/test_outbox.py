@@ -362,7 +362,7 @@ def test_notice_waits_until_a_thread_can_be_started(make_queue: Make, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, 'start', lambda thread: fail(RuntimeError("can't start new thread")))
         put(queue, 'first')
-    assert lines == ['queued mail "first" until the next one or until exit: can\'t start new thread']
+    assert lines == ['queued mail "first" until another notice or exit: can\'t start new thread']
     put(queue, 'second')
     lines.wait('sent mail "second"')
     assert 'sent mail "first" to bob' in lines

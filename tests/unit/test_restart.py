@@ -35,7 +35,7 @@ INFO: dict[str, Any] = {'group': 'g', 'name': 'web', 'pid': 100, 'state': State.
                         'start': 1000, 'now': 1060, 'spawnerr': ''}
 LOST_CALL = Unknown('lost')
 RETRY = '; will retry'
-IF_IT_STOPS = '; if it stops after all, it is started again'
+IF_IT_STOPS = '; will be started again if it stops'
 QUICK = 'Exited too quickly'
 
 
@@ -532,7 +532,7 @@ def test_signal_during_a_restart_completes_it_and_begins_nothing(method: str, re
     rig = Rig(supervisor)
     rig.restart()
     assert rig.results == results
-    assert rig.texts == ['restarted g:web: its start was accepted'] * len(results)
+    assert rig.texts == ['restarted g:web: supervisord has accepted the start'] * len(results)
     # It is not followed any further: once its start is accepted, supervisord takes care of it.
     assert supervisor.calls == ['getProcessInfo', 'stopProcess', 'startProcess'][:3 if results else 1]
 
@@ -554,16 +554,16 @@ def test_signal_while_a_process_is_starting_ends_the_wait() -> None:
     rig.clock.sleep = lambda seconds: setattr(rig.request, 'requested', True)   # type: ignore[method-assign]
     rig.restarter._sleep = rig.clock.sleep
     rig.restart()
-    assert rig.texts == ['restarted g:web: its start was accepted']
+    assert rig.texts == ['restarted g:web: supervisord has accepted the start']
 
 
 @pytest.mark.parametrize(('info', 'start', 'texts', 'starts'), [
-    pytest.param([STOPPED], [True], ['restarted g:web: its start was accepted'], 1, id='start accepted'),
+    pytest.param([STOPPED], [True], ['restarted g:web: supervisord has accepted the start'], 1, id='start accepted'),
     pytest.param([STOPPED], [refused('NO_FILE')], [f'failed to start g:web: NO_FILE: g:web; {NO_RETRY}'], 1,
                  id='failed'),
-    pytest.param([STOPPING] * 20 + [STOPPED], [True], ['restarted g:web: its start was accepted'], 1,
+    pytest.param([STOPPING] * 20 + [STOPPED], [True], ['restarted g:web: supervisord has accepted the start'], 1,
                  id='still stopping'),
-    pytest.param([LOST_CALL, LOST_CALL, STOPPED], [True], ['restarted g:web: its start was accepted'], 1,
+    pytest.param([LOST_CALL, LOST_CALL, STOPPED], [True], ['restarted g:web: supervisord has accepted the start'], 1,
                  id='lost look'),
     pytest.param([LOST_CALL], [True], [f'failed to start g:web: NO_FILE: g:web; {NO_RETRY}'], 0, id='no look'),
     pytest.param([BACKOFF], [True], [f'failed to start g:web: {QUICK}; {NO_RETRY}'], 0, id='supervisord repeats it'),

@@ -230,7 +230,7 @@ def test_cram_md5_login() -> None:
 def test_server_without_login() -> None:
     with Server() as server:
         why = send_in_vain(server.url('smtp', USER_INFO))
-    assert str(why) == '127.0.0.1 offers no login with PLAIN, LOGIN, CRAM-MD5'
+    assert str(why) == '127.0.0.1 does not support login with PLAIN, LOGIN, CRAM-MD5'
     assert why.permanent and not server.accepted
 
 

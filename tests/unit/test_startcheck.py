@@ -76,11 +76,11 @@ def test_core_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert check_core_directory(str(file)) == f'core directory {file} is not a directory'
     missing = tmp_path / 'none'
     assert check_core_directory(str(missing)) == (
-        f'core directory {missing}: No such file or directory; create it, and make it writable for user {os.geteuid()}')
+        f'core directory {missing}: No such file or directory; create it, and make it writable for uid {os.geteuid()}')
     tmp_path.chmod(0o777)
-    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is writable for other users')
+    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is writable by other users')
     monkeypatch.setattr(os, 'access', lambda path, mode: False)     # root may write anywhere
-    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is not writable for user ')
+    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is not writable for uid ')
     wants = Wants(core_directory=str(file))
     assert find_local_problems(wants) == [Problem(f'core directory {file} is not a directory')]
 
@@ -186,8 +186,9 @@ def test_logs_with_the_same_problem_are_one_line() -> None:
     to_stdout = {'stdout_logfile': '/dev/stdout', 'redirect_stderr': True, 'stderr_logfile': 'none'}
     configs = [make_config(f'web:{number}', **to_stdout) for number in range(5)]
     lines = check_logs([*configs, make_config('x:x', stderr_logfile='none')])
-    assert lines == ['--tail cannot read the stdout log of web:0, web:1, web:2 and 2 more: it goes to /dev/stdout',
-                     '--tail cannot read the stderr log of x: there is none (stderr_logfile=NONE)']
+    names = 'web:0, web:1, web:2 and 2 more'
+    assert lines == [f'unable to read the stdout log of {names} for --tail: it goes to /dev/stdout',
+                     'unable to read the stderr log of x for --tail: there is none (stderr_logfile=NONE)']
     wants = Wants(parse_names('x'), tail=True)
     problems = find_config_problems('crashmail', wants, [make_config('x:x', stderr_logfile='none')], OWN)
     assert [(problem.line, problem.fatal) for problem in problems] == [(f'warning: {lines[1]}', False)]
@@ -324,7 +325,7 @@ def read_pids(*pids: int) -> Callable[[float], Container[int]]:
     return lambda seconds: pids
 
 
-HIDDEN = ("warning: cannot read the memory of {}: other users' processes are hidden, probably by the mount option "
+HIDDEN = ("warning: unable to read the memory of {}: other users' processes are hidden, probably by the mount option "
           'hidepid of /proc; run memmon as root or as the user of these processes')
 
 
@@ -383,7 +384,7 @@ def test_memory_reader_that_fails_is_a_warning(world: World) -> None:
 
     world.supervisor.pids = {'web:web': os.getpid()}
     world.make(Wants(parse_names('wbe'), read_pids=fail)).run()
-    assert world.lines == ['warning: no process matches "wbe"', 'warning: cannot read memory: ps printed no process']
+    assert world.lines == ['warning: no process matches "wbe"', 'warning: unable to read memory: ps printed no process']
 
 
 def test_check_without_a_fake_asks_the_supervisord_of_the_environment(capfd: pytest.CaptureFixture[str]) -> None:

@@ -295,12 +295,12 @@ def test_pipe_is_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('stdout', 'stderr', 'text'), [
-    ('/dev/stdout', '/dev/stderr', 'Its stdout log cannot be read back: /dev/stdout is not a file.\n\n'
-                                   'Its stderr log cannot be read back: /dev/stderr is not a file.'),
-    ('/dev/stdout', '/dev/stdout', 'Its stdout and stderr log cannot be read back: /dev/stdout is not a file.'),
-    ('', '', 'Its stdout log cannot be read back: stdout_logfile is NONE or syslog.'),
+    ('/dev/stdout', '/dev/stderr', 'Unable to read its stdout log: /dev/stdout is not a file.\n\n'
+                                   'Unable to read its stderr log: /dev/stderr is not a file.'),
+    ('/dev/stdout', '/dev/stdout', 'Unable to read its stdout and stderr log: /dev/stdout is not a file.'),
+    ('', '', 'Unable to read its stdout log: stdout_logfile is NONE or syslog.'),
     ('{}', '', 'The last lines of its stdout log:\n  words'),
-    ('', '{}', 'Its stdout log cannot be read back: stdout_logfile is NONE or syslog.\n\n'
+    ('', '{}', 'Unable to read its stdout log: stdout_logfile is NONE or syslog.\n\n'
                'The last lines of its stderr log:\n  words'),
     ('{}', '{}', 'The last lines of its stdout and stderr log:\n  words'),
 ])
@@ -327,7 +327,7 @@ def test_log_that_several_processes_write_to(read: Read, log: Path, supervisord:
 
 def test_process_that_supervisord_does_not_know(read: Read, log: Path) -> None:
     append(log, 'words\n')
-    assert read(namespec='gone:gone') == 'Could not read more of its logs through supervisord: BAD_NAME'
+    assert read(namespec='gone:gone') == 'Unable to read more of its logs through supervisord: BAD_NAME'
     assert read().endswith('words')
 
 
@@ -357,7 +357,7 @@ def test_supervisord_that_does_not_answer(
     append(log, 'more\n')
     supervisord.failures['getProcessInfo'] = failure
     assert read() == ('The last lines of its stdout log:\n  more\n\n'
-                      f'Could not read more of its logs through supervisord: {reason}')
+                      f'Unable to read more of its logs through supervisord: {reason}')
 
 
 def test_logs_that_supervisord_can_not_send(read: Read, supervisord: FakeSupervisord) -> None:
@@ -365,7 +365,7 @@ def test_logs_that_supervisord_can_not_send(read: Read, supervisord: FakeSupervi
     supervisord.logs = {'stdout': b'\xff' * 10 + b'\n', 'stderr': b'words\n'}
     assert read() == (
         'The last lines of its stderr log:\n  words\n\n'
-        'Could not read more of its logs through supervisord: '
+        'Unable to read more of its logs through supervisord: '
         'answered readProcessStdoutLog with 500 Internal Server Error')
     supervisord.logs = {'stdout': b'\xff' * 10 + b'\n' + b'\xff', 'stderr': b'words\n' + b'\xff'}
     assert read().count('500') == 1
