@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import threading
@@ -48,16 +49,17 @@ TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxy
 
 def parse_status(text: str) -> int:
     """Return an HTTP status. Raises ValueError."""
-    if not (text.isascii() and text.isdigit() and 100 <= int(text) <= 599):
-        raise ValueError(f'{text!r} is not an HTTP status; write a number from 100 to 599, as in 200')
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 100 <= int(text) <= 999):
+        raise ValueError(f'{text!r} is not an HTTP status; write a number from 100 to 999, as in 200')
     return int(text)
 
 
 def parse_header(text: str) -> tuple[str, str]:
-    """Return the name and value of `Name: value`. Raises ValueError."""
+    """Return the name and value of `Name: value`. Raises ValueError without the value, which may be a secret."""
     name, colon, value = text.partition(':')
     if not (colon and name and TOKEN_CHARACTERS.issuperset(name) and value.strip().isprintable()):
-        raise ValueError(f"{text!r} is not a header; write 'NAME: VALUE'")
+        shown = re.sub(r'([:\s]).+', r'\1***', text, flags=re.DOTALL)
+        raise ValueError(f"{shown!r} is not a header; write 'NAME: VALUE'")
     return name, value.strip()
 
 

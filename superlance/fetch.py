@@ -232,6 +232,7 @@ def _look_up(target: Target) -> list[tuple[int, Any]]:
         failure = f'DNS lookup of {target.host} failed: {why.strerror}'
         if why.errno in (socket.EAI_AGAIN, socket.EAI_MEMORY):
             raise Unknown(failure) from why
+        socket.socket().close()     # raises OSError if there was no file descriptor for /etc/hosts
         raise FetchFailed(failure) from why
     return [(family, address) for family, _, _, _, address in found]
 

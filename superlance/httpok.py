@@ -104,7 +104,6 @@ from superlance.options import (
     parse_count,
     parse_name,
     parse_rate,
-    parse_text,
     parse_time,
     run_script,
 )
@@ -134,12 +133,9 @@ REMIND_SECONDS = 3600.0
 def parse_command(text: str) -> list[str]:
     """Return the words of a command, split as by a shell. Raises ValueError."""
     try:
-        words = shlex.split(text)
+        return shlex.split(text)
     except ValueError as why:
         raise ValueError(f'{text!r} is not a command: {why}') from None
-    if not words:
-        raise ValueError(f'must not be empty; write a command such as {GCORE}')
-    return words
 
 
 OPTIONS = (
@@ -152,7 +148,7 @@ OPTIONS = (
     Option('', 'remind', parse_time),
     Option('', 'max-restarts', parse_rate),
     Option('', 'dry-run'),
-    Option('d', 'coredir', parse_text),
+    Option('d', 'coredir', str),
     Option('g', 'gcore', parse_command),
     Option('n', 'name', str),
     Option('v', 'verbose'),
@@ -187,8 +183,9 @@ def build_options(given: Given, arguments: list[str]) -> Options:
     eager = given.latest('eager', 'not-eager') != 'not-eager'
     if not (eager or names):
         raise UsageError('option -E requires -p or -a: without them no process is watched')
-    if given.last('name') == '':
-        given.ignore_empty('-n')
+    for flag, name in (('-n', 'name'), ('-d', 'coredir'), ('-g', 'gcore')):
+        if name in given and not given.last(name):
+            given.ignore_empty(flag)
     # These two may add warnings.
     checked, settings = read_check(given, arguments), mail.read_settings(given)
     return Options(
@@ -200,8 +197,8 @@ def build_options(given: Given, arguments: list[str]) -> Options:
         remind_seconds=given.last('remind', REMIND_SECONDS),
         max_restarts=given.last('max-restarts'),
         dry_run='dry-run' in given,
-        core_directory=given.last('coredir'),
-        gcore=given.last('gcore', shlex.split(GCORE)),
+        core_directory=given.last('coredir') or None,
+        gcore=given.last('gcore') or shlex.split(GCORE),
         name=given.last('name') or None,
         verbose='verbose' in given,
         mail=settings,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from superlance.command import CommandFailed, Deadline, decode_end, run_command
 from superlance.listener import one_line
 from superlance.notice import Notice, SecondsLeft, SendFailed, find_domain, hide, make_body, make_origin
-from superlance.options import Given, Option, UsageError, parse_address, parse_addresses, parse_text
+from superlance.options import Given, Option, UsageError, parse_address, parse_addresses
 
 if TYPE_CHECKING:
     from email.message import EmailMessage
@@ -109,7 +109,7 @@ def parse_webhook(text: str) -> Target:
 
 OPTIONS = (
     Option('m', 'email', parse_addresses),
-    Option('s', 'sendmail_program', parse_text),
+    Option('s', 'sendmail_program', str),
     Option('', 'smtp', parse_smtp),
     Option('', 'webhook', parse_webhook),
     Option('', 'from', parse_address),
@@ -123,18 +123,21 @@ def read_settings(given: Given, without_recipients: bool = False) -> Settings:
     """
     if () in given.all('email'):
         given.ignore_empty('-m')
+    command = given.last('sendmail_program')
+    if command == '':
+        given.ignore_empty('-s')
     recipients = tuple(address for addresses in given.all('email') for address in addresses)
     settings = Settings(
-        recipients=recipients, sendmail=given.last('sendmail_program', SENDMAIL), smtp=given.last('smtp'),
+        recipients=recipients, sendmail=command or SENDMAIL, smtp=given.last('smtp'),
         sender=given.last('from'), webhook=_read_webhook(given))
-    if without_recipients and not recipients and 'sendmail_program' in given:
+    if without_recipients and not recipients and command:
         settings = settings._replace(without_recipients=True, smtp=None)
         unused = {'--smtp': 'smtp'}
     else:
         unused = {'-s': 'sendmail_program', '--smtp': 'smtp', '--from': 'from'} if not recipients else {}
     given.warnings += [f'ignored option {flag}: it has no effect without -m'
-                       for flag, name in unused.items() if name in given]
-    if settings.smtp and recipients and 'sendmail_program' in given:
+                       for flag, name in unused.items() if given.last(name)]
+    if settings.smtp and recipients and command:
         given.warnings.append('ignored option -s: --smtp takes precedence')
     webhook = settings.webhook
     if webhook and not webhook.tls and not _is_private(webhook.host):

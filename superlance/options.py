@@ -20,10 +20,11 @@ from superlance.listener import one_line
 NUMBER = r'(\d+\.?\d*|\.\d+)\s*'
 SIZE = NUMBER + r'(?:([kmgt])(?:i?b)?|b)?'
 TIME = NUMBER + r'([smhd]?)'
-NUMBER_DIGITS = 15
 SIZE_UNITS = {'': 1, 'k': 1024, 'm': 1024 ** 2, 'g': 1024 ** 3, 't': 1024 ** 4}
 TIME_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
-LONGEST_TIME_DAYS = 10000  # threads and sockets can't wait for more than 292 years
+# Whatever exceeds these means the same. Threads and sockets can't wait for more than 292 years.
+LARGEST_SIZE_BYTES = 10 ** 30
+LONGEST_TIME_SECONDS = 10000 * 86400.0
 
 # The addresses of RFC 5322, less its rare forms, on some of which email.message fails. In display names and comments,
 # a letter beyond ASCII is allowed too.
@@ -34,6 +35,10 @@ LETTER = r'[^\x00-\x7f]'
 QUOTED = r'"[^"\\]*"'
 DISPLAY_NAME = rf'(?:{QUOTED}\s*|(?:{ATEXT}|{LETTER})(?:{ATEXT}|{LETTER}|[. ])*(?<!\.))'
 MAILBOX = rf'(?:{DISPLAY_NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\((?:[\w .-]|{LETTER})*\))?)'
+
+
+# The reader has exited; the disk is full, or its quota or the largest file; the terminal is gone; not open for writing.
+OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 class UsageError(Exception):
@@ -107,13 +112,15 @@ def read_argv(argv: Sequence[str], table: Sequence[Option], ignores_arguments: b
 def _read_argv(argv: Sequence[str], table: Sequence[Option], parse: Callable[..., Any]) -> tuple[Given, list[str]]:
     letters = ''.join(o.letter + (':' if o.read else '') for o in table if o.letter)
     names = [o.name + ('=' if o.read else '') for o in table]
+    # superlance 2.0.0 accepted --s for --sendmail_program, --o for --optionalheader and so on; now they are ambiguous.
+    names += [o.letter + ('=' if o.read else '') for o in table if o.letter and o.name.startswith(o.letter)]
     try:
         pairs, arguments = parse(list(argv), letters, names)
     except getopt.error as why:
         raise UsageError(str(why)) from why
     given = Given()
     for flag, text in pairs:
-        option = next(o for o in table if flag in ('-' + o.letter, '--' + o.name))
+        option = next(o for o in table if flag in ('-' + o.letter, '--' + o.name, '--' + o.letter))
         if option.read is None:
             given.add(option.name, True)
             continue
@@ -151,38 +158,40 @@ def run_script(program: str, usage: str, table: Sequence[Option],
         sys.stdout.flush()
         return status
     except UsageError as why:
-        sys.stderr.write(f"{program}: {one_line(why)}; try '{program} --help'\n")
+        _complain(f"{program}: {one_line(why)}; try '{program} --help'")
         return 2
     except KeyboardInterrupt:
         return 130
     except OSError as why:
-        if why.errno not in (errno.EPIPE, errno.ENOSPC):
+        if why.errno not in OUTPUT_ERRORS:
             raise
-        if why.errno == errno.ENOSPC:
-            sys.stderr.write(f'{program}: unable to write to stdout: {why.strerror}\n')
+        if why.errno != errno.EPIPE:
+            _complain(f'{program}: unable to write to stdout: {why.strerror}')
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit succeeds
         return 1
+
+
+def _complain(line: str) -> None:
+    with suppress(OSError):     # there is nobody to read it; the exit status says enough
+        sys.stderr.write(line + '\n')
 
 
 def parse_size(text: str) -> int:
     """Return bytes for `200MB`, `1.5g`, `64KiB` or `4096`; all units are 1024-based. Raises ValueError."""
     number, unit = _parse_number(
         text, SIZE, 'is not a size; write bytes, or a number with KB, MB, GB or TB, as in 200MB')
-    return int(number * SIZE_UNITS[unit])
+    return int(min(number * SIZE_UNITS[unit], LARGEST_SIZE_BYTES))
 
 
 def parse_time(text: str) -> float:
     """Return seconds for `90`, `90s`, `1.5m`, `2h` or `1d`. Raises ValueError."""
     number, unit = _parse_number(text, TIME, 'is not a time; write seconds, or a number with s, m, h or d, as in 10m')
-    seconds = number * TIME_UNITS[unit]
-    if seconds > LONGEST_TIME_DAYS * 86400:
-        raise ValueError(f'{text!r} is too long; write at most {LONGEST_TIME_DAYS}d')
-    return seconds
+    return min(number * TIME_UNITS[unit], LONGEST_TIME_SECONDS)
 
 
 def _parse_number(text: str, pattern: str, complaint: str) -> tuple[float, str]:
     match = re.fullmatch(pattern, text.strip(), re.ASCII | re.IGNORECASE)
-    if not match or len(match[1].replace('.', '')) > NUMBER_DIGITS:
+    if not match:
         raise ValueError(f'{text!r} {complaint}')
     return float(match[1]), (match[2] or '').lower()
 

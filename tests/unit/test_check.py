@@ -30,14 +30,14 @@ def read(*argv: str) -> Check:
     return check.read_check(*read_argv(argv, check.OPTIONS))
 
 
-@pytest.mark.parametrize(('text', 'expected'), [('100', 100), ('200', 200), ('599', 599)])
+@pytest.mark.parametrize(('text', 'expected'), [('100', 100), ('200', 200), ('999', 999)])
 def test_parse_status(text: str, expected: int) -> None:
     assert check.parse_status(text) == expected
 
 
-@pytest.mark.parametrize('text', ['', '99', '600', '2oo', '-200', '200 ', '٢٠٠', '2²0'])
+@pytest.mark.parametrize('text', ['', '99', '1000', '2oo', '-200', '200 ', '٢٠٠', '2²0', '2' * 5000])
 def test_parse_status_rejects(text: str) -> None:
-    with pytest.raises(ValueError, match='is not an HTTP status; write a number from 100 to 599'):
+    with pytest.raises(ValueError, match='is not an HTTP status; write a number from 100 to 999'):
         check.parse_status(text)
 
 
@@ -58,6 +58,14 @@ def test_parse_header(text: str, expected: tuple[str, str]) -> None:
 def test_parse_header_rejects(text: str) -> None:
     with pytest.raises(ValueError, match="is not a header; write 'NAME: VALUE'"):
         check.parse_header(text)
+
+
+@pytest.mark.parametrize('text', [
+    'Authorization Bearer s3cret', 'Authorization: s3cret\x00', 'X\ts3cret', 'X Y: s3cret\ns3cret'])
+def test_a_wrong_header_does_not_show_its_value(text: str) -> None:
+    with pytest.raises(ValueError, match=r'^.(Authorization|X)\W') as raised:
+        check.parse_header(text)
+    assert 's3cret' not in str(raised.value)
 
 
 @given(st.text())

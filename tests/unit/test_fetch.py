@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import errno
 import os
+import resource
 import select
 import socket
 import ssl
@@ -503,6 +504,21 @@ def test_a_name_that_does_not_exist_has_failed_and_a_temporary_failure_is_unknow
         get('http://a.example/') if expected is Unknown else fetch.fetch(
             Request(fetch.parse_url('http://a.example/')), make_seconds_left())
     assert str(raised.value) == f'DNS lookup of a.example failed: {error.strerror}'
+
+
+def test_a_name_that_cannot_be_looked_up_for_lack_of_file_descriptors_is_unknown(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def look_up() -> list[tuple[int, Any]]:     # as the first look-up of a process with glibc
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+    resolve_with(monkeypatch, look_up)
+    try:
+        with pytest.raises(Unknown, match='Too many open files'):
+            get('http://localhost/')
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def fail_to_connect(monkeypatch: pytest.MonkeyPatch, *failures: OSError) -> None:

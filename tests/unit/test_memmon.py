@@ -383,11 +383,11 @@ def test_memory_is_checked_again_when_supervisord_disappears_from_ps(
 
 def test_first_lines_of_the_log_and_the_protocol() -> None:
     ticks = make_event('TICK_5', 'when:1') * 2 + make_event('PROCESS_STATE_EXITED', '')
-    run = run_in_process(lambda: memmon.main(['-p', 'web=200MB', '-a', '1TB', 'stray', '-n', '']), ticks)
+    run = run_in_process(lambda: memmon.main(['-p', 'web=2TB', '-a', '1TB', 'stray', '-n', '']), ticks)
     assert (run.status, run.output) == (0, acknowledge(3))
     lines = [line.partition(' memmon: ')[2] for line in run.log.splitlines()]
     assert lines[:3] == [
-        f'memmon {__version__}: restarts web over 200.0MB, everything else over 1024.0GB; no mail',
+        f'memmon {__version__}: restarts web over 2048.0GB, everything else over 1024.0GB; no mail',
         "warning: ignored argument 'stray': memmon takes options only; a value that contains spaces needs quotes",
         'warning: ignored option -n: its value is empty']
     assert lines[3].startswith(f'warning: supervisord at {NO_SUPERVISORD} does not answer getAllConfigInfo: ')
