@@ -26,7 +26,7 @@ def parse_ps(output: str) -> dict[int, ProcessMemory]:
         numbers = line.split()
         if not numbers:
             continue
-        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        if len(numbers) != 3 or not all(number.isdecimal() and len(number) < 20 for number in numbers):
             raise Unknown(f'ps printed {line[:80]!r} instead of pid, parent pid and RSS')
         memory[int(numbers[0])] = ProcessMemory(int(numbers[1]), int(numbers[2]) * 1024)
     if not memory:

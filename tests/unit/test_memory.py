@@ -36,6 +36,7 @@ def test_parse_ps(output: str, memory: dict[int, ProcessMemory]) -> None:
     *((line + '\n', f'ps printed {line!r} instead of pid, parent pid and RSS')
       for line in ('1 0', '1 0 4 5', '1 0 12m', '1 0 -4', '1 0 \N{SUPERSCRIPT TWO}')),
     ('PID PPID RSS\n1 0 4\n', "ps printed 'PID PPID RSS' instead of pid, parent pid and RSS"),
+    ('1 0 ' + '9' * 5000, f"ps printed '1 0 {'9' * 76}' instead of pid, parent pid and RSS"),
     ('1 0 4\n' + 'x' * 200, f"ps printed '{'x' * 80}' instead of pid, parent pid and RSS"),
 ])
 def test_unusable_output_of_ps_is_unknown(output: str, error: str) -> None:
