@@ -326,6 +326,8 @@ def serve(*payloads: str, data: bytes = b'', at_start: Callable[[], None] = lamb
 @pytest.mark.parametrize(('payloads', 'output', 'expected'), [
     ([], READY, []),
     (['1', '2'], acknowledge(2), ['1', '2']),
+    # `len` counts each character, so line ends are not translated.
+    (['one\r\ntwo\rthree', '2'], acknowledge(2), ['one\r\ntwo\rthree', '2']),
     # What has begun is acknowledged, and there is no READY after it: supervisord would send another event.
     ([TERMINATE, '2'], READY + RESULT, [TERMINATE]),
     (['1', TERMINATE, '2'], (READY + RESULT) * 2, ['1', TERMINATE]),
