@@ -37,7 +37,7 @@ from superlance.options import (
 from superlance.rpc import Unknown
 
 TIMEOUT_SECONDS = 10.0
-# How long after the deadline a request is abandoned: a request that times out says why.
+# How long after the deadline a request is abandoned, so that one that times out can say why.
 ABANDON_SECONDS = 0.5
 # The size of sun_path without its null: 108 bytes on Linux, 104 on the BSDs.
 SOCKET_PATH_BYTES = 107 if sys.platform == 'linux' else 103
@@ -176,7 +176,7 @@ class BackgroundFetch:
     def fetch(self, request: Request, seconds: float, search: Search) -> Response | None:
         """Return what fetch does, None if interrupted. Raises what fetch does.
 
-        If an earlier request still hangs in its name look-up, it is waited for first.
+        If an earlier request still hangs in its DNS lookup, this waits for that first.
         """
         deadline = Deadline(seconds)
         if self._finished is None or self._has_finished(deadline.seconds_left()):
@@ -187,7 +187,7 @@ class BackgroundFetch:
                 return self._result
         if self._interrupt.requested:
             return None
-        # Everything but a name look-up observes the deadline by itself.
+        # Everything but a DNS lookup observes the deadline by itself.
         raise Unknown(f'DNS lookup of {request.target.host} timed out')
 
     def _start(self, request: Request, seconds_left: SecondsLeft, search: Search) -> None:

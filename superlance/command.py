@@ -13,7 +13,7 @@ from superlance.listener import ExitRequest, one_line
 if TYPE_CHECKING:
     from subprocess import Popen
 
-# The most that is kept of a command's output, and that is quoted of it. `ps` needs about 25 bytes per process.
+# How much a command may print, and how much of it is quoted. `ps` prints about 25 bytes per process.
 OUTPUT_LIMIT_BYTES = 16 * 1024 * 1024
 QUOTED_BYTES = 2000
 READ_BYTES = 65536  # the capacity of a pipe
@@ -89,7 +89,7 @@ def _communicate(process: Popen[bytes], message: bytes, seconds_left: Callable[[
                  interrupt: ExitRequest | None, output: bytearray) -> str:
     """Write message and add to output until the process has exited; return why it must be killed, or ''.
 
-    Popen.communicate() does not serve: after a timeout it does not write the rest of the message.
+    Popen.communicate() is not suitable: after a timeout, it does not write the rest of the message.
     """
     import selectors
     from subprocess import TimeoutExpired

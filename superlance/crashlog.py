@@ -18,7 +18,8 @@ from superlance.rpc import Refused, Supervisor, Unknown, make_process
 if TYPE_CHECKING:
     from superlance.tail import ProcessLogs
 
-# How long an event may wait for what supervisord knows about it, and how long it is not asked after a late answer.
+# How long an event may wait for answers of supervisord, when an answer is late, and for how long supervisord is then
+# not asked.
 CALLS_SECONDS = 2.0
 LATE_SECONDS = 1.0
 PAUSE_SECONDS = 60.0
@@ -26,8 +27,8 @@ PAUSE_SECONDS = 60.0
 REUSE_SECONDS = 5.0
 PROCESSES_SECONDS = 60.0
 
-# supervisord can't send a log that begins within a UTF-8 character. It appends a traceback to the log each time, which
-# moves the window too: if by 3n + 2 bytes, every 1 byte less would begin within a character of 3 bytes again.
+# supervisord can't send a text that begins within a UTF-8 character. Each failure appends a traceback to its log, which
+# also moves the window: if by 3n + 2 bytes, windows that shrink by 1 byte would always begin within a 3-byte character.
 WINDOWS_BYTES = (65536, 65535, 65534, 65532, 4096)
 LEVEL = ' [A-Z]{4} '
 STAMP = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}' + LEVEL
@@ -66,9 +67,9 @@ def find_start(entries: Sequence[Entry], pid: str) -> int | None:
 
 
 def find_own_exit(entries: Sequence[Entry], pid: str) -> str | None:
-    """Return the reason in the line after the start with this pid, '' if it was no crash, None if it is no exit.
+    """Return the reason in the line after the start with this pid, '' if that exit was expected, None if it is no exit.
 
-    It is the reason of this process unless another one of that name was running too.
+    It is the reason of this process unless another process of that name was running.
     """
     start = find_start(entries, pid)
     if start is None or entries[start + 1].pid:
@@ -83,7 +84,7 @@ def ran_alone(entries: Sequence[Entry], pid: str) -> bool:
 
 
 def find_reason(entries: Sequence[Entry], pid: str, alone: bool) -> str:
-    """Return why the process with this pid exited unexpectedly, '' if the log does not say so without doubt.
+    """Return why the process with this pid exited unexpectedly, '' if that is not certain.
 
     alone: no other process of that name can have exited since the start of this one. The exit must be in the log.
     """
@@ -91,8 +92,8 @@ def find_reason(entries: Sequence[Entry], pid: str, alone: bool) -> str:
     if start is not None:
         own = find_own_exit(entries, pid) if alone else None
         return _find_agreed(entries[start:]) if own is None else own
-    # It was started before the log begins, or starts are not logged (loglevel=warn). What follows another start
-    # belongs to another process.
+    # It was started before the log begins, or starts are not logged (loglevel=warn). Exits after another start may be
+    # those of another process.
     until_start = takewhile(lambda entry: not entry.pid, entries)
     return _find_agreed(entries) if alone and any(entry.unexpected for entry in until_start) else ''
 
@@ -122,7 +123,7 @@ class Calls:
         self._resume_at = 0.0
 
     def begin(self) -> None:
-        """Begin with another crash."""
+        """Start the time limit for another crash."""
         self._end_at = self._clock() + CALLS_SECONDS
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -154,12 +155,12 @@ class Processes:
         self._read_at = float('-inf')
 
     def learn(self, seconds: float, interrupt: ExitRequest | None) -> None:
-        """Get to know the processes before the first crash, if supervisord answers within so many seconds."""
+        """Read the list of processes before the first crash, if supervisord answers within so many seconds."""
         with suppress(Unknown, Refused):    # else they are read at the first crash
             self._replace(lambda: self._calls.call_in_helper('getAllProcessInfo', seconds, interrupt))
 
     def refresh(self, since: float) -> None:
-        """Read the list of processes again unless it is from after since. Raises Unknown and Refused."""
+        """Read the list of processes again if it is older than since, by the clock. Raises Unknown and Refused."""
         if self._read_at < since:
             self._replace(lambda: self._calls.call('getAllProcessInfo'))
 
@@ -242,7 +243,7 @@ class ExitReasons:
             own = self._find_own_exit(group, program, pid)
         if own is not None:
             return own
-        # Not without the line that supervisord has just written: it may differ from all the others.
+        # This needs the line that supervisord has just written, because it may differ from all others.
         entries = read_entries(self._text, program)
         self._processes.refresh(self._clock() - PROCESSES_SECONDS)
         alone = not self._processes.find_namesakes(group, program)
@@ -257,7 +258,7 @@ class ExitReasons:
         if own is None:
             return None
         since_start = cut_at_start(self._text, self._supervisord_pid)
-        # This spares the first crash of a storm the call for all processes.
+        # If it ran alone, the first crash of a storm does not need the list of processes.
         if since_start is None or not ran_alone(read_entries(since_start, program), pid):
             self._processes.refresh(self._clock() - PROCESSES_SECONDS)
             if self._processes.find_namesakes(group, program):
@@ -329,12 +330,12 @@ class Investigator:
             self._logs = ProcessLogs(self._calls, self._processes, tail_lines)
 
     def prepare(self, seconds: float, interrupt: ExitRequest | None = None) -> None:
-        """Get to know the paths of the logs, so that they can be read at once when a process crashes."""
+        """Read the paths of the logs, so that they can be read at once when a process crashes."""
         if self._logs:
             self._processes.learn(seconds, interrupt)
 
     def investigate(self, group: str, program: str, pid: str, with_logs: bool) -> Findings:
-        """Return what is to be known; pid is '' if supervisord gave up starting the process."""
+        """Return what can be found out; pid is '' if supervisord gave up starting the process."""
         self._calls.begin()
         # The logs first: the process is being restarted.
         logs = self._logs.read(f'{group}:{program}', pid) if self._logs and with_logs else ''

@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 EXITED = 'PROCESS_STATE_EXITED'
 FATAL = 'PROCESS_STATE_FATAL'
 
-# So many different logs in one mail; the other crashes have their line only.
+# How many different logs one mail has at most; for the other crashes, it has only a line each.
 LOGS_IN_MAIL = 50
 NAMES_IN_SUBJECT = 10
 START_SECONDS = 5.0   # events are waiting
@@ -239,7 +239,7 @@ def compose(reports: Sequence[Report], omitted: int = 0) -> tuple[str, str]:
     for logs, crashes in same_logs.items():
         lines += ['', f'{_describe_owners(crashes)}:', logs]
         if len(crashes) > 1:
-            lines.append(f'(the same log {count(len(crashes) - 1, "more time")})')
+            lines.append(f'(identical for {count(len(crashes) - 1, "more crash", "more crashes")})')
     if omitted:
         lines += ['', f'Not included: the logs of {count(omitted, "more crash", "more crashes")}.']
     return subject, '\n'.join(lines)
@@ -261,7 +261,7 @@ class Digest:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._held: list[Report] = []
-        self._logs: dict[str, str] = {}     # the different ones of those held
+        self._logs: dict[str, str] = {}     # the different logs of these reports
         self._omitted = 0
 
     def add(self, report: Report) -> None:
@@ -337,7 +337,7 @@ class Crashmail:
         self._log(describe(self._options))
         deadline = Deadline(START_SECONDS)
         self._start_check.run()
-        # If there is no time left, supervisord does not answer.
+        # If no time is left, supervisord has not answered.
         if self._options.tail_lines and deadline.seconds_left() > 0:
             self._get_investigator().prepare(deadline.seconds_left(), self._exit_request)
 

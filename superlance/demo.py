@@ -140,7 +140,7 @@ class Story:
         self.text = self.memory = ''
         self.signals: list[int] = []
         self._has_colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
-        # The number of known lines; in an order in which an effect follows its cause.
+        # The number of lines printed so far; in this order, causes are printed before their effects.
         self._known = {folder / f'{who}.log': 0 for who in (*PROGRAMS, 'supervisord', *TASKS, 'mail')}
 
     def print(self, line: str, is_bold: bool = False) -> None:
@@ -154,7 +154,7 @@ class Story:
                 what = TIMESTAMP.sub('', line.rstrip(), count=1)
                 if re.match(SHOWN_LINES.get(path.stem, ''), what):
                     self.text += what + '\n'
-                    self.print(f'{time.monotonic() - self.started:3.0f} s  {path.stem:<11}  {what}', path.stem in TASKS)
+                    self.print(f'{time.monotonic() - self.started:3.0f}s  {path.stem:<11}  {what}', path.stem in TASKS)
         for before in re.findall(r'restarted leaky \(pid \d+: ([\d.]+\w+)', '' if self.memory else self.text):
             with suppress(OSError, ValueError):     # no ps, or the new process has exited
                 ps = subprocess.run(['ps', '-o', 'rss=', '-p', self.find_pids('leaky')[-1]], stdout=subprocess.PIPE)
@@ -167,7 +167,7 @@ class Story:
         return re.findall(f"spawned: '{name}' with pid (\\d+)", self.text)
 
     def print_summary(self) -> None:
-        for who, name, numbers in zip(TASKS, PROGRAMS, (self.memory or 'no ps', 'hung for 2 s', 'exit status 1')):
+        for who, name, numbers in zip(TASKS, PROGRAMS, (self.memory or 'no ps', 'hung for 2s', 'exit status 1')):
             missing = self.find_missing(who)
             pids = ' -> '.join(self.find_pids(name)[:2])
             verdict = (f"NOT done: never {', never '.join(missing)}" if missing else
@@ -189,7 +189,7 @@ def watch(supervisord: subprocess.Popen[bytes], story: Story) -> str:
         if 'gave up: ' in story.text:
             return 'supervisord gave up starting a process'
         if time.monotonic() > story.started + DEADLINE_SECONDS:
-            return f'not everything was done within {DEADLINE_SECONDS} s'
+            return f'not everything was done within {DEADLINE_SECONDS}s'
         time.sleep(0.2)
 
 
@@ -235,7 +235,7 @@ def run(command_line: tuple[Given, list[str]]) -> int:
     finally:
         if 'keep' not in given:
             shutil.rmtree(folder, ignore_errors=True)
-    print(f'\nAll processes have exited, after {time.monotonic() - story.started:.0f} s.')
+    print(f'\nAll processes have exited, after {time.monotonic() - story.started:.0f}s.')
     if 'keep' in given:
         command = [sys.executable, '-m', 'supervisor.supervisord', '-n']
         print(f'To run it again: cd {shlex.quote(str(folder))} &&', *map(shlex.quote, command))

@@ -28,9 +28,9 @@ BODY_LIMIT_BYTES = 1024 * 1024
 EXCERPT_BYTES = 500
 PIECE_BYTES = 64 * 1024
 REASON_CHARACTERS = 200
-# A day: poll() takes 32 bits of milliseconds, 24 days, and Python does not check that they fit.
+# A day: poll() takes at most 24 days, as 32 bits of milliseconds, and Python does not check for an overflow.
 LONGEST_WAIT_SECONDS = 24 * 3600
-# What has run out is the listener's, not the server's.
+# The listener has run out of a resource: this says nothing about the server.
 OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -167,7 +167,7 @@ def limit_wait(seconds_left: SecondsLeft) -> float:
 
 
 class BoundedSocket(io.RawIOBase):
-    """A connected socket as http.client uses one; a deadline bounds everything it waits for together."""
+    """A connected socket with the methods that http.client uses; one deadline bounds the sum of its waits."""
 
     def __init__(self, sock: socket.socket, seconds_left: SecondsLeft) -> None:
         self._sock = sock
@@ -195,7 +195,7 @@ class BoundedSocket(io.RawIOBase):
 def connect(request: Request, seconds_left: SecondsLeft) -> socket.socket:
     """Return a connected socket. Raises OSError, TimedOut and Unknown.
 
-    A unix socket "refuses" also while its file is not there yet, or its queue is full for a moment.
+    A unix socket whose file does not exist yet, or whose queue is full, counts as a refused connection.
     """
     while True:
         try:
@@ -213,7 +213,7 @@ def _connect_once(request: Request, seconds_left: SecondsLeft) -> socket.socket:
     addresses = [(socket.AF_UNIX, request.unix_socket)] if request.unix_socket else _look_up(request.target)
     failures: list[OSError] = []
     for position, (family, address) in enumerate(addresses):
-        # One address that swallows packets must not use up the time of the others.
+        # An address that does not respond must not use up the time of the others.
         seconds = limit_wait(seconds_left) / (len(addresses) - position)
         try:
             return _open_socket(family, address, seconds)
@@ -253,10 +253,10 @@ def _open_socket(family: int, address: Any, timeout_seconds: float) -> socket.so
 def fetch(request: Request, seconds_left: SecondsLeft, search: Search | None = None) -> Response:
     """Send a request and return the response.
 
-    seconds_left bounds everything but a name look-up. With a search, the body of an expected status is
+    seconds_left bounds everything but a DNS lookup. With a search, the body of an expected status is
     read until its text is found; without one, only an excerpt is read. Raises FetchFailed, TimedOut, and
-    Unknown if the reason is this process' own (no file descriptor or memory left, a unix socket that it may
-    not open, a temporary failure of the name look-up).
+    Unknown if the failure says nothing about the server (no file descriptor or memory left, a unix socket that
+    this process is not allowed to open, a temporary failure of the DNS lookup).
     """
     from http.client import HTTPException
 
@@ -320,7 +320,7 @@ def make_headers(request: Request) -> list[tuple[str, str]]:
 
 
 def describe_failure(why: Exception) -> str:
-    """Return one line that says why there is no response; what the server sent instead may be long, or anything."""
+    """Return one line that says why there is no response; what the server sent may be long and contain anything."""
     from http.client import BadStatusLine, IncompleteRead, UnknownProtocol
 
     if isinstance(why, IncompleteRead):

@@ -246,7 +246,7 @@ def make_file_name(title: str) -> str:
 # Act and report.
 
 class Skipped(Exception):
-    """Nothing is known of the URL, or nothing may be done; the message is logged when it changes."""
+    """The check has no result, or its result must be ignored; the message is logged when it changes."""
 
 
 class Httpok:
@@ -267,7 +267,7 @@ class Httpok:
         self._outcomes: list[Outcome] = []          # of this tick
         self._last: dict[str, Outcome] = {}         # of each process
         self._lines: list[str] = []                 # for the mail
-        # Why nothing was known or done last, as it was logged.
+        # The last reasons that were logged for a skipped check, and for leaving processes alone.
         self._skipped = self._left_alone = ''
         self._server = ''
         self._failed_at = 0.0                       # the last failed check, by the monotonic clock
@@ -329,7 +329,7 @@ class Httpok:
             self._log(f'{url}: {words}')
 
     def _handle_bad(self, verdict: Verdict, check_began: float) -> None:
-        """Restart what is to be restarted after a failed check, and send mail if it is time to. Raises Skipped."""
+        """Restart what is to be restarted after a failed check, and send mail if it is due. Raises Skipped."""
         options, outage = self._options, self._outage
         self._failed_at = time.monotonic()      # the outage includes the time of the restarts
         watched: list[Process] = []
@@ -410,7 +410,7 @@ class Httpok:
         raise Unknown(reason)
 
     def _refuse_at_shutdown(self, verdict: Verdict) -> None:
-        """Raise Skipped if supervisord is shutting down: it answers every call with SHUTDOWN_STATE then."""
+        """Raise Skipped if supervisord is shutting down: it then answers every call with SHUTDOWN_STATE."""
         try:
             self._supervisor.call_in_helper([('getState',)], STATE_SECONDS, self._request)
         except Refused as why:
@@ -433,7 +433,7 @@ class Httpok:
         path = os.path.join(self._options.core_directory, make_file_name(process.title))
         words = [*self._options.gcore, path, str(process.pid)]
         try:
-            # The shell only sets the mode of the file: a core dump may contain passwords.
+            # A shell, only to set the mode of the file: a core dump may contain passwords.
             output = run_command(['/bin/sh', '-c', 'umask 077; exec "$@"', 'sh', *words],
                                  Deadline(GCORE_SECONDS).seconds_left, interrupt=self._request, shown=' '.join(words))
         except CommandFailed as why:
@@ -446,7 +446,7 @@ class Httpok:
         self._log(line)
 
     def _retry(self) -> bool:
-        """Look after the restarts of earlier ticks; return whether a process was started."""
+        """Retry the restarts of earlier ticks; return whether a process was started."""
         self._outcomes = []
         is_restarted = self._restarter.retry()
         self._mail_late()

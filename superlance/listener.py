@@ -177,10 +177,10 @@ def take_streams(request: ExitRequest) -> tuple[TextIO, int]:
 
 def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], None],
            at_start: Callable[[], None] = lambda: None) -> int:
-    """Serve supervisord's events until its end or a signal; return the exit status.
+    """Serve supervisord's events until the end of input or a signal; return the exit status.
 
-    handle is called with every event, before the event is acknowledged; at_start is called once, when
-    supervisord has got the first READY; finish is called once, at the end.
+    handle is called with every event, before the event is acknowledged; at_start is called once, after the
+    first READY was written; finish is called once, at the end.
     """
     if 'SUPERVISOR_SERVER_URL' not in os.environ:
         sys.stderr.write(

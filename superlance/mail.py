@@ -274,7 +274,7 @@ def send_webhook(settings: Settings, program: str, notice: Notice, seconds_left:
 def send_test(settings: Settings, program: str, subject: str, body: str, server: str = '') -> tuple[list[str], bool]:
     """Send a notice by mail and to the webhook; return one line for each, with the answer, and whether both succeeded.
 
-    May take 11 minutes, as any mail.
+    May take 11 minutes, like any mail.
     """
     notice = Notice(subject, body, server, time.time())
     lines, succeeded = [], True

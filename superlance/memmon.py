@@ -222,7 +222,7 @@ def resolve_limits(limits: Sequence[Limit], processes: Iterable[Process]) -> lis
 
 
 def find_limit(limits: Iterable[Limit], group: str, program: str) -> int | None:
-    """Return how many bytes a process may use: the most specific limit; of several, the last one."""
+    """Return how many bytes a process may use: the most specific limit; of several equally specific, the last one."""
     matching = [limit for limit in limits if limit.name.matches(group, program)]
     if not matching:
         return None
@@ -337,7 +337,7 @@ class Memmon:
 
     def _find_over(self, memory: Mapping[int, ProcessMemory], used: Mapping[int, int]) -> list[Process]:
         """Get supervisord's processes; return those that are over their limits."""
-        # Usually a process over the limit is not supervisord's, and supervisord is not asked again for an hour.
+        # Typically, a process over the limit is not supervisord's, and supervisord is not asked again for an hour.
         processes = (self._supervisor.get_processes() if self._options.verbose
                      else self._supervisor.get_processes_in_helper(PROCESS_LIST_SECONDS, self._request))
         self._start_check.report_hidden(processes, memory)

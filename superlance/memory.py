@@ -35,7 +35,7 @@ def parse_ps(output: str) -> dict[int, ProcessMemory]:
 
 
 def run_ps(seconds: float, interrupt: ExitRequest) -> dict[int, ProcessMemory]:
-    """Run ps, with three -o since on the BSDs a header's text extends to the end of its argument."""
+    """Run ps, with three -o options: on the BSDs, the header after `pid=` extends to the end of the argument."""
     try:
         output = run_command(PS, Deadline(seconds).seconds_left, environment=dict(os.environ, LC_ALL='C'),
                              interrupt=interrupt)
@@ -90,7 +90,7 @@ def sum_descendants(memory: Mapping[int, ProcessMemory]) -> dict[int, int]:
     """Return by pid the bytes that a process and all its descendants use.
 
     From the leaves upwards, each process once. If pids were reused while ps ran, its output can contain a
-    circle; the processes in a circle keep their own bytes.
+    cycle; the processes in a cycle keep their own bytes.
     """
     totals = {pid: process.rss_bytes for pid, process in memory.items()}
     children_left = dict.fromkeys(memory, 0)

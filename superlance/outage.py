@@ -1,6 +1,6 @@
 """What httpok decides: which processes to restart, and when to send mail about an outage.
 
-Nothing here knows supervisord, a clock or mail. Every `now` is in seconds of any one clock.
+Nothing here calls supervisord, reads a clock or sends mail. Every `now` is in seconds, by any clock.
 """
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Outage:
         return seconds
 
     def is_enough(self) -> bool:
-        """Return whether it is time to act at the next failed check."""
+        """Return whether another failed check is enough to act."""
         return self.failures + 1 >= self._needed_failures
 
     def note_bad(self, now: float) -> bool:
@@ -104,7 +104,7 @@ class Outage:
         return self.is_on and now - self._mailed_at >= self._remind_seconds
 
     def note_late(self, result: Result) -> bool:
-        """Note the outcome of an earlier restart, and return whether to send mail: new reasons of a failure always."""
+        """Note the outcome of an earlier restart; return whether to send mail: for a failure, and for a new kind."""
         kind = KINDS[result]
         is_new = kind not in self._mailed or kind is Kind.FAILED
         if self.is_on:
@@ -130,7 +130,7 @@ class Outage:
 def is_in_grace(process: Process, grace_seconds: float) -> bool:
     """Return whether a process is starting or up for less than its grace period.
 
-    It is not if its start is in the future: the clock was set back since.
+    A start in the future does not count: the clock has been set back.
     """
     is_up = process.state in (State.STARTING, State.RUNNING, State.BACKOFF)
     return is_up and 0 <= process.now - process.start < grace_seconds
@@ -149,7 +149,7 @@ def leave_alone(process: Process, grace_seconds: float, check_began: float = 0.0
         return Fate(process, Result.LEFT_ALONE, text, in_grace=True)
     if process.state != State.RUNNING:
         return Fate(process, Result.LEFT_ALONE, 'left alone: not RUNNING')
-    # In whole seconds. If the start is in the future, the clock was set back since.
+    # The start is in whole seconds. If it is in the future, the clock has been set back.
     if check_began and check_began < process.start <= process.now:
         return Fate(process, Result.LEFT_ALONE, 'left alone: it was started during the check')
     return None

@@ -56,12 +56,12 @@ class Failed:
         self.entries.append(entry)
 
     def back_off(self, now: float) -> None:
-        """A retry failed."""
+        """Double the delay, after a retry that failed."""
         self._delay_seconds = min(2 * self._delay_seconds, self._last_seconds)
         self._retry_at = now + self._delay_seconds
 
     def retry_now(self, now: float) -> None:
-        """A notice was accepted."""
+        """Retry at once, after a notice was accepted."""
         self._delay_seconds = self._first_seconds
         self._retry_at = now
 
@@ -135,7 +135,7 @@ class Schedule:
             self._rejected.retry_now(now)
 
     def fail(self, why: SendFailed, now: float) -> None:
-        """Report that the notice could not be sent. It waits for a retry, and if need be the others do too."""
+        """Report that the notice could not be sent. It is retried later, and if necessary all others wait as well."""
         assert self._current
         entry, self._current = self._current, None
         if why.pause_seconds:
@@ -148,7 +148,7 @@ class Schedule:
             self._failed.add(entry, now, why.pause_seconds)
 
     def close(self) -> None:
-        """Let each notice that waits be taken once more, now; none after a failed login or status 429."""
+        """Let each queued notice be taken once more, now; after a failed login or status 429, no further one is."""
         self.is_closing = True
         self.paused_until = -math.inf
         for failed in (self._failed, self._rejected):
@@ -164,7 +164,7 @@ class Queue:
     """Sends notices one at a time, on a thread of its own, until each is accepted or discarded."""
 
     def __init__(self, what: str, where: str, send: Send, program: str, log: Log, clock: Clock) -> None:
-        self._what = what       # what log lines call a notice, and after its subject where it went
+        self._what = what       # how log lines call a notice, and, after its subject, where it was sent
         self._where = where
         self._send = send
         self._program = program
@@ -177,7 +177,7 @@ class Queue:
         self._end_at = math.inf
 
     def put(self, notice: Notice) -> None:
-        """Send a notice as soon as possible. Never waits for that."""
+        """Send a notice as soon as possible, in the background."""
         with self._changed:
             now = self._clock()
             discarded = self._schedule.put(notice, now)
@@ -228,7 +228,7 @@ class Queue:
                 answer = self._send(notice, self._seconds_left)
             except SendFailed as why:
                 self._retry(notice, why)
-            except Exception as why:    # a fault of ours must not keep the notices behind this one from being sent
+            except Exception as why:    # a bug must not keep the other notices from being sent
                 self._retry(notice, SendFailed(_locate(why)))
             else:
                 with self._changed:
@@ -284,7 +284,7 @@ class Outbox:
                 Queue('webhook message', '', partial(send_webhook, settings, program), program, log, clock))
 
     def put(self, subject: str, body: str, server: str = '') -> None:
-        """Send a notice as soon as possible; server is supervisord's identifier. Never waits."""
+        """Send a notice as soon as possible, in the background; server is supervisord's identifier."""
         notice = Notice(subject, body, server, time.time())
         for queue in self._queues:
             queue.put(notice)

@@ -84,14 +84,14 @@ class Step(Enum):
 
 
 class StoppedProcess:
-    """A process that was, or may have been, stopped here and is not known to run again; times are by the clock."""
+    """A process that this listener has, or may have, stopped, and that may still be down; times are by the clock."""
 
     def __init__(self, checked: Process) -> None:
         self.checked = checked
         self.is_stopped = False                 # as far as is known
         self.trouble = ''                       # what went wrong since the last start, in words
         self.lost_calls = 0                     # in a row
-        self.since = 0.0                        # its last start, or the first look of this tick
+        self.since = 0.0                        # its last start, or the first query in this tick
         self.start_answer: str | None = None    # to our last start, unless that has failed: ACCEPTED, LOST or a fault
         self.failed_start: int | None = None    # supervisord's start time of our last start that failed
         self.failures = 0
@@ -104,7 +104,7 @@ def find_next_step(stopped: StoppedProcess, current: Process) -> Step:
     """Return what to do about a process that was stopped here, from what supervisord says of it now.
 
     supervisord changes the start time at each start. If it is neither that of the checked process nor that of our
-    failed start, then a start of ours whose outcome is open, or somebody else, has changed it.
+    failed start, it was changed by a start of ours whose outcome is not known yet, or by somebody else.
     """
     checked, state = stopped.checked, current.state
     is_checked = (current.pid, current.start) == (checked.pid, checked.start)
@@ -182,7 +182,7 @@ class Restarter:
         self._last_end = self._wall_clock()
 
     def retry(self) -> bool:
-        """Look after what was left down, and return whether something runs again; a new outcome is reported."""
+        """Start again what was left down, and return whether a process runs again; new outcomes are reported."""
         is_restarted = False
         for stopped in list(self._stopped.values()):
             outcome = self._bring_back(stopped)
@@ -194,7 +194,7 @@ class Restarter:
         return is_restarted
 
     def finish(self) -> None:
-        """At exit, start what was left down, for the last time."""
+        """At exit, try for the last time to start what was left down."""
         self._is_finishing = True
         self.retry()
 
@@ -286,9 +286,9 @@ class Restarter:
     # The start.
 
     def _bring_back(self, stopped: StoppedProcess) -> Outcome | None:
-        """Look at a process that was left down at an earlier tick, and start it if its time has come.
+        """Query a process that was left down at an earlier tick, and start it if a retry is due.
 
-        Return None if there is nothing new.
+        Return its outcome, None if there is no new one.
         """
         try:
             current = self._supervisor.get_process(stopped.checked.namespec)
@@ -311,7 +311,7 @@ class Restarter:
         return self._follow(stopped, Step.START)
 
     def _follow(self, stopped: StoppedProcess, step: Step) -> Outcome:
-        """Start a process, or look at it first, and follow it until it runs or can't be started now."""
+        """Start a process, or query it first, and follow it until it runs or can't be started now."""
         stopped.since = self._clock()
         stopped.lost_calls = 0
         is_tried = False
@@ -344,7 +344,7 @@ class Restarter:
         stopped.start_answer = ACCEPTED
 
     def _note_trouble(self, stopped: StoppedProcess, why: Exception) -> Outcome | None:
-        """Return the outcome if it is known; else the next look at the process shows it."""
+        """Return the outcome if it is known; otherwise the next query shows it."""
         if isinstance(why, Refused) and why.fault in FINAL_FAULTS:
             return self._forget(stopped, Result.LEFT_ALONE, str(why))
         stopped.trouble = stopped.trouble or str(why)
@@ -424,7 +424,7 @@ class Restarter:
 def find_group_members(group_id: int) -> set[int]:
     """Return the pids of the processes in a process group, without zombies.
 
-    supervisord makes every child the leader of a process group; a child of it that called setsid is not found.
+    supervisord makes each of its children the leader of a process group; descendants that called setsid are not found.
     """
     try:
         with suppress(PermissionError):     # they run as another user
@@ -440,7 +440,7 @@ def find_group_members(group_id: int) -> set[int]:
 
 
 def _read_proc() -> bytes:
-    """Return the output of ps from Linux's /proc: the 3rd and 5th field of each stat (proc(5)); b'' without one."""
+    """Return what ps prints, from the 3rd and 5th field of Linux's /proc/*/stat (proc(5)); b'' if there is none."""
     lines = []
     for path in glob('/proc/[0-9]*/stat'):
         with suppress(OSError), open(path, 'rb') as file:   # it has exited

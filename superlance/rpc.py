@@ -18,7 +18,7 @@ from superlance.listener import ExitRequest
 from superlance.options import EVERY, Name, UsageError, without_password
 
 CALL_TIMEOUT_SECONDS = 30
-# A listener that starts so many helper processes within so many seconds is better off with the import.
+# If a listener starts so many helper processes within so many seconds, importing costs less.
 HELPERS = 5
 HELPERS_SECONDS = 600
 
@@ -200,8 +200,8 @@ class Supervisor:
     def call_in_helper(self, calls: Sequence[Call], seconds: float, interrupt: ExitRequest | None = None) -> list[Any]:
         """Make the calls in a helper process and return their answers, so that this one is spared the import.
 
-        A helper costs 90 ms. If one can't be started, or is needed often, the calls are made here.
-        Raises Unknown also after so many seconds, and when interrupt is requested.
+        A helper costs 90 ms. If one can't be started, or is needed often, the calls are made in this process.
+        Also raises Unknown after so many seconds, and when interrupt is requested.
         """
         now = time.monotonic()
         is_often = len(self._helpers) == HELPERS and now - self._helpers[0] < HELPERS_SECONDS
@@ -216,7 +216,7 @@ class Supervisor:
                 [sys.executable, '-c', f'import sys; sys.path[:] = {sys.path!r}\n'
                  f'from superlance.rpc import answer_calls; answer_calls({request!r})'],
                 deadline.seconds_left, environment={**os.environ, **self._environment}, interrupt=interrupt)
-            # Before and after the answer there may be warnings of what is imported.
+            # Before and after the answer, there may be warnings of imported modules.
             answer = re.search(rb'^superlance: ([0-9a-f]+)$', output, re.MULTILINE)
             if not answer:
                 raise CommandFailed('no answer')

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from superlance.mail import SmtpServer
 
 SEND_SECONDS = 60           # up to the end of DATA
-ANSWER_SECONDS = 10 * 60    # RFC 5321, 4.5.3.2.6: a server that is cut off here delivers all the same, once per attempt
+ANSWER_SECONDS = 10 * 60    # RFC 5321, 4.5.3.2.6: after a shorter time, a slow server delivers each attempt
 LOGIN_RETRY_SECONDS = 3600  # each failed login may count towards a lockout
 
 
@@ -53,13 +53,13 @@ def send(server: SmtpServer, message: EmailMessage, seconds_left: SecondsLeft) -
 
 
 class Session:
-    """One connection to a mail server; a deadline bounds everything that it waits for together."""
+    """One connection to a mail server; one deadline bounds the sum of its waits."""
 
     def __init__(self, server: SmtpServer, seconds_left: SecondsLeft) -> None:
         self._server = server
         self._deadline = Deadline(SEND_SECONDS)
         self._listener_left = seconds_left
-        # Given a name, smtplib does not look up that of the host: it may hang, and fails if it is not a valid domain.
+        # Without a name, smtplib looks up that of the host, which may hang, and fails if it is not a valid domain.
         self._smtp = smtplib.SMTP(local_hostname='localhost')
 
     def seconds_left(self) -> float:
@@ -154,7 +154,7 @@ class Session:
 
 
 def _make_ehlo_name(sock: socket.socket) -> str:
-    """Return the host name if it is a full one, otherwise the own address, as RFC 5321, 4.1.4, has it."""
+    """Return the host name if it is fully qualified, otherwise the address of this host (RFC 5321, 4.1.4)."""
     domain = find_domain()
     address = sock.getsockname()[0].partition('%')[0]
     return domain if '.' in domain else f"[{'IPv6:' if ':' in address else ''}{address}]"

@@ -1,7 +1,7 @@
 """Checks at start: what would keep a listener from doing its job.
 
-A typo in -p, a missing password or a mail command that is not installed would otherwise be noticed only in the night in
-which the listener is needed.
+A typo in -p, a missing password or a mail command that is not installed would otherwise be noticed only when the
+listener is needed.
 """
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def find_log_problem(config: Config, stream: str) -> str:
         is_file = stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         is_file = True  # it is written later, or the listener may not see it
-    # What /dev/stdout is here need not be what it is to supervisord.
+    # /dev/stdout of the listener is not that of supervisord.
     return '' if is_file and not path.startswith(('/dev/', '/proc/')) else f'it goes to {path}'
 
 

@@ -17,7 +17,7 @@ TAIL_BYTES = 64 * 1024
 MARK_BYTES = 64
 # A .1 that was written to so recently may have been the log when the process wrote its last lines.
 ROTATED_SECONDS = 60.0
-# In an answer of supervisord, control characters are visible ones, see rpc.py.
+# In answers of supervisord, rpc.py has replaced control characters with visible ones.
 ESCAPE_SEQUENCE = re.compile(
     r'[\x1b\u241b](?:\[[0-?]*[ -/]*[@-~]'               # CSI, as for colours
     r'|\][^\x07\x1b\u2407\u241b]*(?:[\x07\u2407]|[\x1b\u241b]\\)'      # OSC, as for a window's title
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 
     size: int
     modified_ns: int = 0
-    end: bytes = b''    # what it ended with; an inode would not do, because that of a deleted file is used again
+    end: bytes = b''    # its last bytes; an inode number would not do, because that of a deleted file is reused
 
 
 class Excerpt:
@@ -55,7 +55,7 @@ class ProcessLogs:
 
     supervisord restarts a process at the moment it reports the crash, so the log has to be read before the new
     process writes to it. That is why supervisord is asked for the paths of the logs beforehand, and for the text
-    only if a file can't be read. What was there at the crash before belongs to an earlier process.
+    only if a file can't be read. What was in the log at the previous crash belongs to an earlier process.
     """
 
     def __init__(self, calls: Calls, processes: Processes, lines: int) -> None:
@@ -79,7 +79,7 @@ class ProcessLogs:
             excerpt.add_trouble(why)
         if excerpt.trouble:
             excerpt.parts.append(f'Unable to read more of its logs through supervisord: {excerpt.trouble}')
-        # Lines of the process may have been in the report of the crash before.
+        # Lines of the process may have been in the report of the previous crash.
         nothing = 'Its logs have no new lines since its last crash.' if seen else 'Its logs are empty.'
         return '\n\n'.join(excerpt.parts or [nothing])
 
@@ -101,7 +101,7 @@ class ProcessLogs:
         return excerpt
 
     def _add(self, excerpt: Excerpt, namespec: str, path: str, channels: Sequence[str]) -> None:
-        """Add what there is to say about a log to which these channels are written."""
+        """Add the end of a log to which these channels are written, or why it is missing."""
         title = f"{' and '.join(channels)} log"
         if is_device(path):
             excerpt.parts.append(f'Unable to read its {title}: {path} is not a file.')

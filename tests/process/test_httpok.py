@@ -147,7 +147,7 @@ def test_a_signal_abandons_the_check_and_the_event_is_acknowledged(signum: int, 
 
 
 def hang_in_look_ups(folder: Path) -> dict[str, str]:
-    """Return an environment in which a name look-up does not end."""
+    """Return an environment in which a DNS lookup does not end."""
     (folder / 'sitecustomize.py').write_text(
         'import socket, time\nsocket.getaddrinfo = lambda *arguments, **options: time.sleep(600)\n', 'utf-8')
     return {'PYTHONPATH': str(folder)}

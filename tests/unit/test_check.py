@@ -186,7 +186,7 @@ def test_decide(got: Response | FetchFailed, argv: list[str], expected: tuple[st
 # A request on a thread that can be abandoned.
 
 class HangingLookUp:
-    """Makes every look-up of a name wait until it may continue."""
+    """Makes every DNS lookup wait until it may continue."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, port: int) -> None:
         self.may_continue = threading.Event()
@@ -231,7 +231,7 @@ def test_a_hanging_look_up_is_abandoned_at_the_deadline_and_has_one_thread(monke
                 get_in_background(background, 'http://a.example/', 0.1)
         assert (hanging.calls, threading.active_count()) == (1, threads + 1)
         hanging.may_continue.set()
-        got = get_in_background(background, 'http://a.example/')    # a look-up of its own
+        got = get_in_background(background, 'http://a.example/')    # a DNS lookup of its own
         assert got is not None and got.status == 200
         assert hanging.calls == 2
 

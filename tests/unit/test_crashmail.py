@@ -168,7 +168,7 @@ def test_mail_for_several_crashes() -> None:
     assert subject == f'13 crashes since {timestamp(NOW)[11:19]}: bar:x, web'
     lines = [f'{timestamp(report.crash.when)}: {report.crash.text}' for report in reports]
     assert body == '\n'.join([
-        *lines, '', 'web:', 'boom', '(the same log 9 more times)', '', 'bar:x (pid 77):', 'no file', '', 'bar:x:',
+        *lines, '', 'web:', 'boom', '(identical for 9 more crashes)', '', 'bar:x (pid 77):', 'no file', '', 'bar:x:',
         'another', '',
         'Not included: the logs of 2 more crashes.'])
 
@@ -181,7 +181,7 @@ def test_subject_for_several_processes(number: int, rest: str) -> None:
     reports = [Report(Crash(f'p{n:02}', f'p{n:02}', '1', NOW), 'the same') for n in reversed(range(number))]
     subject, body = compose(reports)
     assert subject == f'{number} crashes since {timestamp(NOW)[11:19]}: {rest}'
-    assert f'\n\np00, p01, p02 and {number - 3} more:\nthe same\n(the same log {number - 1} more times)' in body
+    assert f'\n\np00, p01, p02 and {number - 3} more:\nthe same\n(identical for {number - 1} more crashes)' in body
 
 
 # The digest.

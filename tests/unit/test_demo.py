@@ -65,7 +65,7 @@ def test_everything_done_is_summarised_with_numbers(tmp_path: Path, capsys: pyte
     memmon, httpok, crashmail = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         rf'memmon     done: restarted leaky, sent mail \(pid 11 -> {os.getpid()}; 60\.7MB -> \d+\.\dMB\)', memmon)
-    assert httpok == 'httpok     done: restarted hanging, sent mail, saw it recover (pid 12 -> 22; hung for 2 s)'
+    assert httpok == 'httpok     done: restarted hanging, sent mail, saw it recover (pid 12 -> 22; hung for 2s)'
     assert crashmail == 'crashmail  done: reported that crashing crashed (pid 13 -> 23; exit status 1)'
 
 
@@ -74,22 +74,22 @@ def test_new_lines_are_printed_once_without_what_is_only_for_machines(
     story = make_story(tmp_path)
     story.print_news()
     printed = capsys.readouterr().out
-    assert "  0 s  supervisord  spawned: 'leaky' with pid 11\n" in printed
-    assert '  0 s  memmon       restarted leaky (pid 11: 60.7MB, over its limit of 55.0MB)\n' in printed
-    assert '  0 s  mail         Subject: memmon: process leaky:leaky restarted\n' in printed
+    assert "  0s  supervisord  spawned: 'leaky' with pid 11\n" in printed
+    assert '  0s  memmon       restarted leaky (pid 11: 60.7MB, over its limit of 55.0MB)\n' in printed
+    assert '  0s  mail         Subject: memmon: process leaky:leaky restarted\n' in printed
     assert 'Date:' not in printed
     assert 'supervisord started' not in printed
     with open(tmp_path / 'memmon.log', 'a') as log:
         log.write(f'{STAMP}memmon: a new line\n{STAMP}memmon: half a l')
     story.print_news()
-    assert capsys.readouterr().out == '  0 s  memmon       a new line\n'
+    assert capsys.readouterr().out == '  0s  memmon       a new line\n'
 
 
 def test_what_is_not_done_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, 'DEADLINE_SECONDS', 0)
     story = make_story(tmp_path, mails='')
-    assert watch(story) == 'not everything was done within 0 s'
+    assert watch(story) == 'not everything was done within 0s'
     story.print_summary()
     assert 'memmon     NOT done: never sent mail\n' in capsys.readouterr().out
 
