@@ -100,7 +100,7 @@ def test_stray_print_does_not_reach_supervisord(tmp_path: Path) -> None:
 # Streams that are closed.
 
 @pytest.mark.parametrize('closed', [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
-def test_descriptors_0_to_2_are_not_the_protocol_s(closed: Sequence[int], tmp_path: Path) -> None:
+def test_descriptors_0_to_2_are_not_used_for_the_protocol(closed: Sequence[int], tmp_path: Path) -> None:
     script = '\n'.join((
         'import os',
         'from superlance.listener import ExitRequest, take_streams',
@@ -261,7 +261,7 @@ def locale(request: pytest.FixtureRequest) -> dict[str, str]:
     return C_LOCALE if request.param == 'ascii' else {'LC_ALL': {'utf-8': 'C.UTF-8'}.get(request.param, request.param)}
 
 
-def test_latin_1_locale_is_one(latin_1: dict[str, str]) -> None:
+def test_latin_1_is_a_working_locale(latin_1: dict[str, str]) -> None:
     done = subprocess.run([PYTHON, '-c', 'import sys; print(sys.getfilesystemencoding())'],
                           env={**os.environ, **latin_1}, capture_output=True, text=True)
     assert done.stdout == 'iso8859-1\n'
@@ -294,7 +294,7 @@ def test_command_is_utf_8_in_any_locale(locale: dict[str, str]) -> None:
 
 # memmon's ps.
 
-def test_ps_runs_once_per_tick_in_the_c_locale_and_without_the_protocol_s_streams(tmp_path: Path) -> None:
+def test_ps_runs_once_per_tick_in_the_c_locale_and_without_the_protocol_streams(tmp_path: Path) -> None:
     write_script(tmp_path / 'ps', 'exec 3>>"$CALLS"\n{ echo "$LC_ALL $*"; /bin/cat; /bin/readlink /proc/self/fd/0; '
                                   '/bin/readlink /proc/self/fd/1 /proc/self/fd/2; } >&3\necho 1 0 100\n')
     calls = tmp_path / 'calls'

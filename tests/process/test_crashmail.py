@@ -77,7 +77,7 @@ def test_explicit_mail_command_is_run_without_recipients(start: Start, inbox: Co
     assert mail['Subject'].startswith('web crashed at ')
 
 
-def test_event_that_can_not_be_parsed_is_logged_and_acknowledged(start: Start) -> None:
+def test_event_that_cannot_be_parsed_is_logged_and_acknowledged(start: Start) -> None:
     listener = start()
     listener.serve_event(EXITED, 'processname:web expec')
     assert "crashmail: unable to parse a PROCESS_STATE_EXITED event: 'processname:web expec'\n" in listener.log
@@ -132,7 +132,7 @@ def silent_server() -> Iterator[tuple[str, list[str]]]:
             end.set()
 
 
-def test_supervisord_that_does_not_answer_is_asked_once_in_a_while(start: Start, inbox: CommandInbox) -> None:
+def test_supervisord_that_does_not_answer_is_not_asked_for_a_minute(start: Start, inbox: CommandInbox) -> None:
     with silent_server() as (url, calls):
         listener = start('--tail=5', url=url)
         listener.crash()
@@ -147,7 +147,7 @@ def test_supervisord_that_does_not_answer_is_asked_once_in_a_while(start: Start,
         assert 'Unable to read more of its logs through supervisord: supervisord is not asked for 1m' in body
 
 
-def test_signal_while_a_crash_is_looked_into_loses_no_mail(start: Start, inbox: CommandInbox) -> None:
+def test_signal_while_a_crash_is_investigated_loses_no_mail(start: Start, inbox: CommandInbox) -> None:
     with silent_server() as (url, calls):
         listener = start(url=url)
         listener.expect(b'READY\n')

@@ -82,7 +82,7 @@ def test_the_first_lines_of_the_log() -> None:
     assert len(lines) == 3
 
 
-def test_without_an_address_there_is_only_the_log() -> None:
+def test_failed_checks_are_only_logged_without_an_address() -> None:
     with Site(FAILING) as site, Listener(['httpok', '--failures=2', site.url()]) as listener:
         for _ in range(4):
             listener.tick()
@@ -153,7 +153,7 @@ def hang_in_look_ups(folder: Path) -> dict[str, str]:
     return {'PYTHONPATH': str(folder)}
 
 
-def test_a_hanging_look_up_is_abandoned_and_has_one_thread(tmp_path: Path, inbox: CommandInbox) -> None:
+def test_a_hanging_dns_lookup_is_abandoned_and_has_one_thread(tmp_path: Path, inbox: CommandInbox) -> None:
     command = ['httpok', '-t', '0.1', *mail_to(inbox), 'http://web.example/']
     with Listener(command, hang_in_look_ups(tmp_path)) as listener:
         for _ in range(3):
@@ -166,7 +166,7 @@ def test_a_hanging_look_up_is_abandoned_and_has_one_thread(tmp_path: Path, inbox
     assert inbox.mails == []
 
 
-def test_a_lack_of_file_descriptors_is_no_outage(inbox: CommandInbox) -> None:
+def test_a_lack_of_file_descriptors_is_not_an_outage(inbox: CommandInbox) -> None:
     with Site(response(), response(), FAILING) as site, \
             Listener(['httpok', *mail_to(inbox), site.url()]) as listener:
         listener.tick()

@@ -55,7 +55,7 @@ def wait_for_crashes(folder: Path, number: int) -> list[str]:
     return read_crashes(folder)
 
 
-def test_a_night(tmp_path: Path, run: Run, inbox: CommandInbox) -> None:
+def test_different_crashes_of_a_night(tmp_path: Path, run: Run, inbox: CommandInbox) -> None:
     loop = write_script(tmp_path / 'loop', LOOP.format(tmp_path))
     quick = write_script(tmp_path / 'quick', 'echo no config >&2\nexit 78\n')
     supervisord = run('--tail=5', f"""
@@ -159,7 +159,7 @@ def test_exit_status_if_the_log_is_long_and_begins_within_a_character(
 
 
 @pytest.mark.parametrize('logfile', ['/dev/stdout', 'syslog', '/dev/null'])
-def test_supervisord_whose_log_can_not_be_read(tmp_path: Path, run: Run, inbox: CommandInbox, logfile: str) -> None:
+def test_supervisord_whose_log_cannot_be_read(tmp_path: Path, run: Run, inbox: CommandInbox, logfile: str) -> None:
     body = crash_once(tmp_path, run, inbox, f'logfile={logfile}\nlogfile_maxbytes=0', 'echo words\nexit 3\n')
     assert re.search(r'größe \(pid \d+\) exited unexpectedly\n\nThe last lines of its stdout log:\n  words\n', body)
 

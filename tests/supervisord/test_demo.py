@@ -115,7 +115,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
 
 @pytest.mark.full_demo
 @pytest.mark.timeout(90)
-def test_it_shows_the_three_listeners_at_work_and_keeps_its_folder_if_told_to(tmp_path: Path) -> None:
+def test_it_shows_the_three_listeners_at_work_and_keeps_its_folder_with_keep(tmp_path: Path) -> None:
     with Demo(tmp_path, '-m', 'superlance.demo', '--keep', tmpdir='50 %s of 100%') as demo:
         assert demo.wait() == 0, demo.output
         assert demo.errors == ''
@@ -148,7 +148,7 @@ def test_an_early_signal_stops_it_and_its_sections_are_valid(tmp_path: Path) -> 
             assert 'must be started by supervisord' in done.stderr
 
 
-def test_a_signal_stops_it_in_order(demo: Demo) -> None:
+def test_a_signal_stops_the_demo_without_leftovers(demo: Demo) -> None:
     demo.wait_for_output("spawned: 'leaky'")
     os.killpg(demo.process.pid, signal.SIGHUP)     # as a terminal does
     assert demo.wait() == 128 + signal.SIGHUP
@@ -189,7 +189,7 @@ def test_it_shows_why_supervisord_does_not_start(tmp_path: Path) -> None:
         demo.check_nothing_is_left()
 
 
-def test_a_reader_that_closes_early_ends_it_in_order(tmp_path: Path) -> None:
+def test_a_closed_stdout_ends_the_demo_without_leftovers(tmp_path: Path) -> None:
     with Demo(tmp_path, stdout=subprocess.PIPE) as demo:
         assert demo.process.stdout
         assert demo.process.stdout.readline().startswith(b'A real supervisord')

@@ -205,7 +205,7 @@ def find_port() -> int:
 
 @pytest.mark.parametrize('argv', [['-p', 'web'], [], ['-p', 'web', '--grace=1']])
 @pytest.mark.parametrize('method', ['shutdown', 'restart'])
-def test_a_shutdown_or_reload_is_no_outage(method: str, argv: list[str], tmp_path: Path) -> None:
+def test_a_shutdown_or_reload_is_not_an_outage(method: str, argv: list[str], tmp_path: Path) -> None:
     port = find_port()
     url = f'http://127.0.0.1:{port}/'
     (tmp_path / 'server.py').write_text(DRAINING, 'utf-8')
@@ -222,7 +222,7 @@ def test_a_shutdown_or_reload_is_no_outage(method: str, argv: list[str], tmp_pat
     assert watch.log == [f'{url}: Connection refused (ignored: supervisord is shutting down or reloading)'] * 2
 
 
-def test_a_shutdown_during_the_check_is_no_outage(tmp_path: Path) -> None:
+def test_a_shutdown_during_the_check_is_not_an_outage(tmp_path: Path) -> None:
     def shut_down(client: socket.socket) -> None:
         supervisord.rpc.shutdown()
         client.sendall(FAILING)

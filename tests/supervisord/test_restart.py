@@ -123,7 +123,7 @@ def test_start_that_takes_longer_than_it_is_followed(tmp_path: Path, monkeypatch
         assert texts(outcomes)[1:] == ['restarted web']
 
 
-def test_stop_that_comes_late(tmp_path: Path) -> None:
+def test_stop_that_takes_effect_late(tmp_path: Path) -> None:
     """supervisord hangs when the stop is sent, and obeys when nobody waits for its answer any more."""
     class Freezing(Supervisor):
         def call(self, method: str, *arguments: Any) -> Any:

@@ -220,7 +220,7 @@ def test_a_request_in_the_background() -> None:
     assert len(os.listdir('/dev/fd')) <= descriptors + 2    # those of the ExitRequest
 
 
-def test_a_hanging_look_up_is_abandoned_at_the_deadline_and_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_dns_lookup_is_abandoned_at_the_deadline_and_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, 'ABANDON_SECONDS', 0)
     background = make_background()
     with Site() as site:

@@ -87,7 +87,7 @@ def test_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('command', ['exec >&- 2>&- <&-; sleep 99', 'cat >/dev/null; sleep 99', 'sleep 99'])
-def test_deadline_holds_whatever_the_command_has_closed(command: str) -> None:
+def test_deadline_applies_whatever_the_command_has_closed(command: str) -> None:
     with pytest.raises(CommandFailed, match='timed out'):
         run_command(command, within(0.2).seconds_left, b'x' * 100000)
 

@@ -343,7 +343,7 @@ def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkey
     (Unknown('supervisord does not answer'), 'unable to determine why a process exited: supervisord does not answer'),
     (Refused('SHUTDOWN_STATE', 'SHUTDOWN_STATE'), ''),
 ])
-def test_log_that_can_not_be_read_is_reported_once(supervisord: FakeSupervisord, failure: Exception, line: str) -> None:
+def test_log_that_cannot_be_read_is_reported_once(supervisord: FakeSupervisord, failure: Exception, line: str) -> None:
     supervisord.failures['readLog'] = [failure] * 100
     investigator = supervisord.make_investigator()
     for _ in range(3):

@@ -122,7 +122,7 @@ def test_which_events_are_crashes(name: str, payload: str, crash: Crash | None) 
     (EXITED, '\nprocessname:web expected:0'),
     (FATAL, 'groupname:bar from_state:BACKOFF'),
 ])
-def test_events_that_can_not_be_parsed(name: str, payload: str) -> None:
+def test_events_that_cannot_be_parsed(name: str, payload: str) -> None:
     with pytest.raises(ValueError, match='unable to parse') as why:
         find_crash(Event(name, payload, 'supervisor', NOW))
     assert str(why.value) == f'unable to parse a {name} event: {payload!r}'
@@ -262,7 +262,7 @@ def test_digest(timers: list[FakeTimer]) -> None:
 
 
 @pytest.mark.parametrize('crashes', [0, 1])
-def test_digest_that_holds_nothing_sends_nothing_at_exit(timers: list[FakeTimer], crashes: int) -> None:
+def test_empty_digest_sends_nothing_at_exit(timers: list[FakeTimer], crashes: int) -> None:
     sent = Sent()
     digest = Digest(600, sent)
     for report in make_reports(crashes):

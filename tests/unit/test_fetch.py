@@ -218,7 +218,7 @@ def test_post_sends_a_body_and_returns_status_headers_and_an_excerpt() -> None:
     (and_hang(make_head('Content-Length: 99') + b'why'), b'why'),
     (make_head('Content-Length: 99') + b'why', b'why'),
 ])
-def test_a_status_counts_though_its_body_does_not_arrive(answer: Answer, excerpt: bytes) -> None:
+def test_a_status_counts_even_if_the_body_does_not_arrive(answer: Answer, excerpt: bytes) -> None:
     assert post(answer, seconds=SHORT_SECONDS)[0].excerpt == excerpt
 
 
@@ -495,7 +495,7 @@ def test_an_address_that_discards_packets_leaves_time_for_the_others(monkeypatch
     (socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution'), Unknown),
     (socket.gaierror(socket.EAI_MEMORY, 'Memory allocation failure'), Unknown),
 ])
-def test_a_name_that_does_not_exist_has_failed_and_a_temporary_failure_is_unknown(
+def test_a_missing_name_is_a_failure_and_a_temporary_dns_failure_is_unknown(
         error: socket.gaierror, expected: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def look_up() -> list[tuple[int, Any]]:
         raise error
@@ -537,7 +537,7 @@ def os_error(number: int) -> OSError:
 
 
 @pytest.mark.parametrize('number', [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_what_has_run_out_here_is_unknown(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exhausted_resources_of_the_listener_are_unknown(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_to_connect(monkeypatch, os_error(number))
     with pytest.raises(Unknown) as raised:
         get('http://127.0.0.1:1/')
@@ -545,7 +545,7 @@ def test_what_has_run_out_here_is_unknown(number: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize('number', [errno.EACCES, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT])
-def test_what_keeps_a_connection_from_a_server_has_failed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_errors_are_failures(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_to_connect(monkeypatch, os_error(number))
     assert get('http://127.0.0.1:1/') == os.strerror(number)
 
@@ -708,7 +708,7 @@ def test_the_ca_certificates_of_the_system(ca: trustme.CA, cafile: str, monkeypa
 
 
 @pytest.mark.parametrize('path', ['/nonexistent', __file__])
-def test_a_ca_file_that_can_not_be_used(path: str) -> None:
+def test_a_ca_file_that_cannot_be_used(path: str) -> None:
     with pytest.raises(OSError, match=r'.'):
         fetch.make_tls_context(False, path)
 

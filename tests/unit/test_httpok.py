@@ -429,7 +429,7 @@ SHUTDOWN = Refused('SHUTDOWN_STATE', 'SHUTDOWN_STATE')
 
 @pytest.mark.parametrize(('argv', 'words'), [
     (['-p', 'web'], BAD_LINE), (['-p', 'web', '--grace=1'], BAD_LINE), ([], BAD_LINE), (['-E', '-a'], 'not checked')])
-def test_a_shutdown_of_supervisord_is_no_outage(argv: list[str], words: str, make_rig: Callable[..., Rig]) -> None:
+def test_a_shutdown_of_supervisord_is_not_an_outage(argv: list[str], words: str, make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), *argv)
     rig.supervisor.fault = SHUTDOWN
     assert rig.tick(500, 500) == ([f'{words} (ignored: supervisord is shutting down or reloading)'] * (
@@ -437,7 +437,7 @@ def test_a_shutdown_of_supervisord_is_no_outage(argv: list[str], words: str, mak
     assert rig.supervisor.calls == []
 
 
-def test_a_shutdown_that_begins_during_the_restart_is_no_outage(make_rig: Callable[..., Rig],
+def test_a_shutdown_that_begins_during_the_restart_is_not_an_outage(make_rig: Callable[..., Rig],
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')
 
@@ -519,7 +519,7 @@ def test_a_signal_while_supervisord_is_asked_for_its_state_mails_nothing(make_ri
     assert rig.tick(500) == ([f'{BAD_LINE} (ignored: httpok is shutting down)'], [])
 
 
-def test_another_fault_than_shutdown_is_no_shutdown(make_rig: Callable[..., Rig]) -> None:
+def test_a_fault_other_than_shutdown_state_is_not_a_shutdown(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(FakeSupervisor())
     rig.supervisor.fault = Refused('FAILED', 'no')
     assert rig.tick(500)[1] == [BAD]

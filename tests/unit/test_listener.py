@@ -212,7 +212,7 @@ def test_header_may_end_with_carriage_return() -> None:
     assert [event.payload for event in read_all(b'eventname:TICK_5 len:3\r\nabc')] == ['abc']
 
 
-def test_end_of_input_anywhere_in_an_event_is_no_event() -> None:
+def test_end_of_input_within_an_event_is_not_an_event() -> None:
     data = make_tick('when:größe')
     for length in range(len(data)):
         assert read_all(data[:length]) == [], data[:length]
@@ -275,7 +275,7 @@ def test_wait_returns_early_when_exit_is_requested(request_to_exit: ExitRequest)
     assert time.monotonic() - before < 30
 
 
-def test_wait_without_installation_takes_its_time() -> None:
+def test_wait_without_installed_handlers_takes_its_time() -> None:
     request = ExitRequest()
     before = time.monotonic()
     request.wait(0.02)
@@ -389,7 +389,7 @@ def test_loop_runs_under_supervisord_only() -> None:
     assert log.startswith('test must be started by supervisord') and '--once' in log
 
 
-def test_supervisord_that_has_exited_is_the_end() -> None:
+def test_listener_exits_when_supervisord_has_exited() -> None:
     """Nobody reads stdout any more."""
     broken = make_broken_pipe()
     run, called = serve('1', stdout=broken)

@@ -205,7 +205,7 @@ def test_parse_name(text: str, name: Name, shown: str) -> None:
 
 
 @pytest.mark.parametrize('text', ['', ' ', '*', ':', ':web', '*:'[1:], 'a:b:c', 'a::'])
-def test_text_that_is_no_name(text: str) -> None:
+def test_text_that_is_not_a_name(text: str) -> None:
     with pytest.raises(ValueError, match='is not a process name; write program, group:program or group:\\*'):
         parse_name(text)
 
@@ -487,7 +487,7 @@ def test_command_reads_its_own_arguments(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr() == ('ran with 1024\n', '')
 
 
-def test_stdout_that_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdout_that_is_not_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
     monkeypatch.setattr(sys, 'stdout', output)
     assert call('--version') == 0
@@ -561,13 +561,13 @@ FULL = b'memmon: unable to write to stdout: No space left on device\n'
     ('--help', '>/dev/full 2>/dev/full', 1, b''),
     ('--version', '1</dev/null', 1, b'memmon: unable to write to stdout: Bad file descriptor\n'),
 ])
-def test_output_that_nobody_takes(arguments: str, redirection: str, status: int, said: bytes) -> None:
+def test_output_without_a_reader(arguments: str, redirection: str, status: int, said: bytes) -> None:
     done = subprocess.run(f'exec 3>&2; "{sys.executable}" -m superlance.memmon {arguments} {redirection}',
                           shell=True, capture_output=True)
     assert (done.returncode, done.stderr) == (status, said)
 
 
-def test_interrupt_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_from_the_keyboard(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(options: object) -> int:
         raise KeyboardInterrupt
 

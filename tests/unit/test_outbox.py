@@ -74,7 +74,7 @@ def test_delay_doubles_to_ten_minutes_for_a_day() -> None:
     assert [subject for _, subject in attempts[:6]] == ['a', 'b', 'a', 'b', 'a', 'b']     # in turn
 
 
-def test_after_a_success_the_failed_ones_follow() -> None:
+def test_failed_notices_are_retried_after_a_success() -> None:
     attempts = simulate(lambda subject, now: DOWN if now < 5 or subject == 'bad' else None,
                         [(0, 'a'), (1, 'b'), (2, 'bad'), (3, 'c'), (5, 'new')], 10)
     # c is behind the one that failed again, and waits for its delay.
@@ -101,13 +101,13 @@ def test_when_a_rejected_notice_is_accepted_the_others_follow() -> None:
     assert attempts == [(0, 'a'), (60, 'b'), (70, 'c'), (3600, 'a'), (7200, 'b'), (7200, 'c'), (7200, 'a')]
 
 
-def test_failed_login_holds_up_everything_for_an_hour() -> None:
+def test_failed_login_pauses_everything_for_an_hour() -> None:
     attempts = simulate(lambda subject, now: BAD_LOGIN if now < 7000 else None, [(0, 'a'), (60, 'b')], 99999)
     assert attempts == [(0, 'a'), (3600, 'b'), (7200, 'a'), (7200, 'b')]
 
 
 @pytest.mark.parametrize('seconds', [1, 5, 10, 45, 3600])
-def test_too_many_requests_holds_up_everything_for_as_long_as_the_server_says(seconds: int) -> None:
+def test_status_429_pauses_everything_for_as_long_as_the_server_says(seconds: int) -> None:
     busy = SendFailed('429', pause_seconds=seconds)
     attempts = simulate(lambda subject, now: busy if now < 2 * seconds else None, [(0, 'a'), (seconds / 2, 'b')], 99999)
     assert attempts == [(0, 'a'), (seconds, 'b'), (2 * seconds, 'a'), (2 * seconds, 'b')]
@@ -266,7 +266,7 @@ def test_put_never_waits_and_there_is_one_thread(make_queue: Make) -> None:
     assert lines == [f'sent mail "{subject}" to bob: True' for subject in subjects]
 
 
-def test_fault_in_one_notice_does_not_stop_the_others(make_queue: Make) -> None:
+def test_bug_in_one_notice_does_not_stop_the_others(make_queue: Make) -> None:
     queue, lines = make_queue(lambda subject: {'good': ''}[subject])
     put(queue, 's3cret', 'good')
     lines.wait('sent mail "good"')
@@ -330,7 +330,7 @@ def test_exit_does_not_wait_for_a_transport_that_hangs(make_queue: Make) -> None
     go.set()
 
 
-def test_transport_is_told_how_much_time_the_listener_has(make_queue: Make) -> None:
+def test_transport_gets_the_time_that_the_listener_has_left(make_queue: Make) -> None:
     clock, seconds = Clock(), []
 
     def send(notice: Notice, left: SecondsLeft) -> str:

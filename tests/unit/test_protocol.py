@@ -202,7 +202,7 @@ def test_unknown_tokens_of_a_header_are_ignored(name: str) -> None:
 @pytest.mark.parametrize('part', [b'', b'v', b'ver:3.0 len:5', b'ver:3.0 eventname:TICK_5 len:5\n',
                                   b'ver:3.0 eventname:TICK_5 len:5\nwhen', b'ver:3.0 len:3\nx\xc3',
                                   b'eventname:PROCESS_STATE_EXITED len:999999999\nprocessname:web expected:0'])
-def test_end_of_input_is_the_end(name: str, part: bytes) -> None:
+def test_listener_exits_at_the_end_of_input(name: str, part: bytes) -> None:
     assert serve(name, make_event(*OTHER_EVENTS[0]) + part) == (0, acknowledge(1), '')
 
 
@@ -216,7 +216,7 @@ def test_invalid_header_ends_the_listener_with_one_line(name: str) -> None:
 @every_command
 @given(data=st.data())
 @settings(max_examples=10)
-def test_damaged_input_ends_in_order(name: str, data: st.DataObject) -> None:
+def test_damaged_input_ends_the_listener_cleanly(name: str, data: st.DataObject) -> None:
     events = [*OTHER_EVENTS[:5], SERVED[name], *OTHER_EVENTS[5:]]
     damaged = bytearray(b''.join(make_event(*event) for event in events))
     for _ in range(data.draw(st.integers(0, 5))):

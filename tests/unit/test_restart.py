@@ -333,7 +333,7 @@ def test_each_new_reason_of_a_failed_start_is_reported_once() -> None:
     (refused('BAD_NAME'), 'left g:web alone: BAD_NAME: g:web'),
     (refused('SHUTDOWN_STATE'), 'left g:web alone: SHUTDOWN_STATE: g:web'),
 ])
-def test_repeating_ends_when_somebody_else_took_over_or_it_is_unknown(later: Any, text: str) -> None:
+def test_retries_end_when_somebody_else_took_over_or_it_is_unknown(later: Any, text: str) -> None:
     supervisor = Scripted([INFO, FATAL])
     rig = Rig(supervisor)
     rig.restart()
@@ -346,7 +346,7 @@ def test_repeating_ends_when_somebody_else_took_over_or_it_is_unknown(later: Any
     assert supervisor.calls == ['getProcessInfo']
 
 
-def test_lost_looks_are_no_failed_starts() -> None:
+def test_lost_queries_are_not_failed_starts() -> None:
     """They do not delay the repetition of one that has failed."""
     supervisor = Scripted([INFO, LOST_CALL])
     rig = Rig(supervisor)
@@ -385,7 +385,7 @@ def test_backoff_that_becomes_fatal_is_started_at_that_tick() -> None:
     ([FATAL, RUNNING], [Result.RESTARTED], 2),
     ([FATAL], [Result.START_FAILED], 2),
 ])
-def test_start_longer_than_a_minute_is_not_called_failed(later: list[Any], results: list[Result], starts: int) -> None:
+def test_start_longer_than_a_minute_is_not_reported_as_failed(later: list[Any], results: list[Result], starts: int) -> None:
     """startsecs=75, for example."""
     supervisor = Scripted([INFO, STARTING])
     rig = Rig(supervisor)
@@ -485,7 +485,7 @@ def test_restart_that_is_completed_at_a_later_tick_counts_once() -> None:
     assert rig.results == [Result.STOP_FAILED, Result.RESTARTED] * 2 + [Result.LIMIT_REACHED]
 
 
-def test_failed_start_that_is_mended_counts_once() -> None:
+def test_failed_start_that_succeeds_later_counts_once() -> None:
     supervisor = Scripted([INFO, STOPPED], start=[refused('NO_FILE')])
     rig = Rig(supervisor, limit=Rate(2, 3600))
     rig.restart()
@@ -632,7 +632,7 @@ def test_child_processes_are_reported_with_a_start_that_fails() -> None:
     pytest.param({'stop': [refused('FAILED')]}, id='not stopped'),
     pytest.param({'start': [refused('BAD_NAME')]}, id='left alone'),
 ])
-def test_child_processes_are_not_looked_for_without_a_restart(arguments: dict[str, Any]) -> None:
+def test_child_processes_are_not_searched_without_a_restart(arguments: dict[str, Any]) -> None:
     rig = Rig(Scripted(**arguments))
     rig.members = iter([])
     rig.restart()
@@ -673,7 +673,7 @@ def test_group_without_members() -> None:
     assert find_group_members(leader.pid) == set()
 
 
-def test_group_of_another_user_is_looked_for_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_of_another_user_is_found_in_the_process_list(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(group: int, signum: int) -> None:
         raise PermissionError
 

@@ -147,7 +147,7 @@ def test_fault_is_refused_with_its_name(fault: str) -> None:
     (xml(Fault(Faults.UNKNOWN_METHOD, 'UNKNOWN_METHOD')),
      r'does not offer this interface: supervisord.conf needs an \[rpcinterface:supervisor\] section$'),
 ])
-def test_answer_that_says_nothing_is_unknown(answer: bytes, reason: str) -> None:
+def test_meaningless_answer_is_unknown(answer: bytes, reason: str) -> None:
     with supervised(answering(answer)) as supervisor, \
             pytest.raises(Unknown, match=rf'^supervisord at http://127.0.0.1:\d+ {reason}'):
         supervisor.call('getState')
@@ -245,7 +245,7 @@ def test_helper_spares_the_import_and_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.usefixtures('not_imported')
-def test_helper_is_not_used_once_the_import_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helper_is_not_used_after_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
     with supervised(answering(xml(1))) as supervisor:
         supervisor.call('getState')
         monkeypatch.setattr(subprocess, 'Popen', None)

@@ -335,7 +335,7 @@ def test_dialogue_that_goes_wrong(answers: Sequence[bytes], reason: str, permane
     (b'HTTP/1.1 400 Bad Request\r\n\r\n', '127.0.0.1: -1 '),
     (b'220 ' + b'x' * 100000, '127.0.0.1: 500 Line too long.'),
 ])
-def test_server_that_speaks_something_else(said: bytes, expected: str) -> None:
+def test_server_of_another_protocol(said: bytes, expected: str) -> None:
     def handle(client: socket.socket) -> None:
         client.sendall(said)
         client.shutdown(socket.SHUT_WR)
@@ -387,7 +387,7 @@ def test_deadlines() -> None:
 
 
 @pytest.mark.parametrize('said', [b'', b'220 hello\r\n'])
-def test_server_that_says_nothing(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_does_not_respond(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smtp, 'SEND_SECONDS', 0.3)
 
     def handle(client: socket.socket) -> None:

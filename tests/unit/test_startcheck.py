@@ -57,7 +57,7 @@ def parse_names(*texts: str) -> list[Name]:
 
 # Without supervisord.
 
-def test_nothing_wanted_is_no_problem() -> None:
+def test_no_wants_are_no_problem() -> None:
     assert find_local_problems(Wants()) == []
 
 
@@ -368,7 +368,7 @@ def test_memory_is_checked_again_on_request(world: World) -> None:
     assert world.lines == [HIDDEN.format('web')]
 
 
-def test_programs_that_never_run_are_asked_for_ever_more_rarely(world: World) -> None:
+def test_memory_of_programs_that_never_run_is_checked_less_and_less_often(world: World) -> None:
     check = world.make(Wants([EVERY], read_pids=read_pids()))
     check.run()
     for _ in range(24 * 60):

@@ -304,7 +304,7 @@ def test_pipe_is_a_device(tmp_path: Path) -> None:
                'The last lines of its stderr log:\n  words'),
     ('{}', '{}', 'The last lines of its stdout and stderr log:\n  words'),
 ])
-def test_log_that_can_not_be_read_back_is_named(
+def test_log_that_cannot_be_read_is_named(
         read: Read, log: Path, supervisord: FakeSupervisord, stdout: str, stderr: str, text: str) -> None:
     append(log, 'words\n')
     supervisord.logs = {'stdout': b'of another\n', 'stderr': b'of another\n'}
@@ -360,7 +360,7 @@ def test_supervisord_that_does_not_answer(
                       f'Unable to read more of its logs through supervisord: {reason}')
 
 
-def test_logs_that_supervisord_can_not_send(read: Read, supervisord: FakeSupervisord) -> None:
+def test_logs_that_supervisord_cannot_send(read: Read, supervisord: FakeSupervisord) -> None:
     supervisord.add(stdout='web.out', stderr='web.err')
     supervisord.logs = {'stdout': b'\xff' * 10 + b'\n', 'stderr': b'words\n'}
     assert read() == (
