@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TIMEOUT
+from support import TIMEOUT, wait_for
 from web import Site, hang, response
 
 from superlance import __version__, check, fetch
@@ -217,7 +217,7 @@ def test_a_request_in_the_background() -> None:
             assert got is not None and got.status == status
         with pytest.raises(TimedOut):
             get_in_background(background, site.url(), 0.3)
-    assert len(os.listdir('/dev/fd')) <= descriptors + 2    # those of the ExitRequest
+    wait_for(lambda: len(os.listdir('/dev/fd')) <= descriptors + 2)     # those of the ExitRequest
 
 
 def test_a_hanging_dns_lookup_is_abandoned_at_the_deadline_and_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
