@@ -385,7 +385,8 @@ def test_backoff_that_becomes_fatal_is_started_at_that_tick() -> None:
     ([FATAL, RUNNING], [Result.RESTARTED], 2),
     ([FATAL], [Result.START_FAILED], 2),
 ])
-def test_start_longer_than_a_minute_is_not_reported_as_failed(later: list[Any], results: list[Result], starts: int) -> None:
+def test_start_longer_than_a_minute_is_not_reported_as_failed(
+        later: list[Any], results: list[Result], starts: int) -> None:
     """startsecs=75, for example."""
     supervisor = Scripted([INFO, STARTING])
     rig = Rig(supervisor)
