@@ -132,8 +132,7 @@ def read_url(arguments: Sequence[str]) -> Target:
         raise UsageError(f'no URL is given; {example}')
     if len(arguments) > 1:
         urls = ' '.join(map(without_password, arguments))
-        raise UsageError(f'{len(arguments)} URLs are given: {urls}; {example}, and put values that contain spaces in '
-                         'quotes')
+        raise UsageError(f'{len(arguments)} URLs are given: {urls}; {example}; values that contain spaces need quotes')
     try:
         return parse_url(arguments[0], os.environ.get('SUPERLANCE_HTTP_PASSWORD'))
     except ValueError as why:

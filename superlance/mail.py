@@ -180,7 +180,7 @@ def _describe_mail(settings: Settings) -> str:
 
 
 def find_command_problem(settings: Settings) -> str:
-    """Return one line if the first word of the mail command is a path or a name that does not exist, otherwise ''."""
+    """Return a complaint if the first word of the mail command is a path or name that does not exist, otherwise ''."""
     word = settings.sendmail.split()[0] if settings.sendmail.strip() else ''
     if not settings.sends_mail or settings.smtp or not re.fullmatch(r'[\w./+-]+', word) or _exists(word):
         return ''

@@ -117,7 +117,7 @@ def find_next_step(stopped: StoppedProcess, current: Process) -> Step:
     if state == State.STOPPED:
         is_ours = current.start == checked.start and stopped.start_answer != ACCEPTED
         return Step.START if is_ours else Step.LEAVE
-    # Faults other than SPAWN_ERROR precede the start of a process (supervisor/rpcinterface.py).
+    # supervisord answers with faults other than SPAWN_ERROR before it starts a process (supervisor/rpcinterface.py).
     if stopped.start_answer in (ACCEPTED, LOST, SPAWN_ERROR):
         # If startsecs is 0, a process may be EXITED after SPAWN_ERROR.
         return Step.FAILED if state == State.FATAL or stopped.start_answer == SPAWN_ERROR else Step.DONE

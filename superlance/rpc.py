@@ -126,7 +126,7 @@ def find_unmatched(names: Iterable[Name], pairs: Iterable[tuple[str, str]]) -> l
 class Supervisor:
     """supervisord's XML-RPC interface, as far as the listeners need it.
 
-    Every call uses a fresh connection: one that was kept open may be closed an hour later.
+    Every call uses a fresh connection: one that is kept open may be closed by the time of the next call.
     All calls raise Unknown if there is no answer, and Refused if the answer is a fault.
     """
 
@@ -148,7 +148,7 @@ class Supervisor:
 
         url = self._environment.get('SUPERVISOR_SERVER_URL', '')
         shown = without_password(url)
-        # Both kinds of supervisor's connections use this as their timeout.
+        # supervisor's connections over TCP and over a unix socket use this as their timeout.
         socket.setdefaulttimeout(self._timeout_seconds)
         try:
             parts = urlsplit(url)

@@ -157,7 +157,7 @@ def find_log_problem(config: Config, stream: str) -> str:
     try:
         is_file = stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
-        is_file = True  # it is written later, or the listener may not see it
+        is_file = True  # it may be created later, or the listener is not allowed to see it
     # /dev/stdout of the listener is not that of supervisord.
     return '' if is_file and not path.startswith(('/dev/', '/proc/')) else f'it goes to {path}'
 
@@ -230,7 +230,7 @@ class StartCheck:
         self._ask()
 
     def run_again(self) -> None:
-        """Check again what could not be checked before, if that is due."""
+        """Repeat the checks that failed before, if a retry is due."""
         if (self._config_pending or self._memory_pending) and self._clock() >= self._next_try:
             self._ask()
 

@@ -134,8 +134,8 @@ def test_tls(argv: list[str], verified: bool) -> None:
 @pytest.mark.parametrize(('argv', 'reason'), [
     ([], 'no URL is given; write one, such as http://127.0.0.1:8080/health'),
     (['http://a/', 'http://bob:secret@b/'],
-     '2 URLs are given: http://a/ http://bob:***@b/; write one, such as http://127.0.0.1:8080/health, and put values '
-     'that contain spaces in quotes'),
+     '2 URLs are given: http://a/ http://bob:***@b/; write one, such as http://127.0.0.1:8080/health; values '
+     'that contain spaces need quotes'),
     (['http://bob:secret@a:b/'], "URL 'http://bob:***@a:b/' has a port that is not a number from 1 to 65535"),
     (['http://'], "URL 'http://' has no host"),
     (['-t', '0', URL], "option -t: '0' must be greater than 0"),
