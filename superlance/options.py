@@ -127,7 +127,9 @@ def _read_argv(argv: Sequence[str], table: Sequence[Option], parse: Callable[...
         try:
             given.add(option.name, option.read(text))
         except ValueError as why:
-            raise UsageError(f'option {flag}: {why}') from why
+            # An option without its value takes the URL that follows it.
+            shown = without_password(text) if '://' in text else text
+            raise UsageError(f'option {flag}: {why}'.replace(repr(text), repr(shown))) from why
     return given, arguments
 
 

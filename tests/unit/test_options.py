@@ -443,6 +443,7 @@ def call(*argv: str) -> int:
     (['--an', 'banana'], ['option --any', "'banana'", 'KB, MB, GB or TB']),
     (['--samples', '0'], ['option --samples', "'0'", 'a whole number, at least 1']),
     (['-p', ''], ['option -p', 'must not be empty']),
+    (['-a', 'http://bob:secret@host/'], ['option -a', "'http://bob:***@host/' is not a size"]),
     (['-a', 'ban\nana\x1b[1m'], ['option -a', "'ban\\nana\\x1b[1m'"]),
     (['-\n'], ['not recognized']),
     (['--zebra\n\r=1'], ['--zebra', 'not recognized']),
