@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from superlance.listener import ExitRequest, Log
+from superlance.listener import ExitRequest, Log, timestamp
 from superlance.rpc import Refused, Supervisor, Unknown, make_process
 
 if TYPE_CHECKING:
@@ -77,10 +77,13 @@ def find_own_exit(entries: Sequence[Entry], pid: str) -> str | None:
     return entries[start + 1].reason if entries[start + 1].unexpected else ''
 
 
-def ran_alone(entries: Sequence[Entry], pid: str) -> bool:
-    """Return whether, in a log since supervisord's start, no other process of that name ran when this one started."""
+def count_others(entries: Sequence[Entry], pid: str) -> int | None:
+    """Return how many others of that name ran when the process with this pid was started; None if it is not there.
+
+    The entries must go back to the start of supervisord.
+    """
     start = find_start(entries, pid)
-    return start is not None and sum(1 if entry.pid else -1 for entry in entries[:start]) == 0
+    return None if start is None else sum(1 if entry.pid else -1 for entry in entries[:start])
 
 
 def find_reason(entries: Sequence[Entry], pid: str, alone: bool) -> str:
@@ -202,11 +205,13 @@ class ExitReasons:
         self._clock = clock
         self._text = ''
         self._read_at = float('-inf')
+        self._since: float | None = None
+        self._first_line = ''   # of the log when the first crash since then was looked into
         self._logged: set[str] = set()
 
-    def find(self, group: str, program: str, pid: str) -> str:
+    def find(self, group: str, program: str, pid: str, since: float | None) -> str:
         """Return why a process exited unexpectedly, '' if that is not certain."""
-        return self._attempt(lambda: self._find(group, program, pid))
+        return self._attempt(lambda: self._find(group, program, pid, since))
 
     def find_fatal(self, group: str, program: str) -> str:
         """Return why supervisord gave up starting a process, '' if that is not known."""
@@ -234,19 +239,25 @@ class ExitReasons:
             self._logged.add(line)
             self._log(line)
 
-    def _find(self, group: str, program: str, pid: str) -> str:
+    def _find(self, group: str, program: str, pid: str, since: float | None) -> str:
         own = None
-        if self._clock() - self._read_at < REUSE_SECONDS:
+        is_first = since != self._since
+        if is_first:
+            self._since, self._first_line = since, ''
+            self._read()
+            self._first_line = self._text.partition('\n')[0]
+        if is_first or self._clock() - self._read_at < REUSE_SECONDS:
             own = self._find_own_exit(group, program, pid)
-        if own is None:
+        if own is None and not is_first:
             self._read()
             own = self._find_own_exit(group, program, pid)
         if own is not None:
             return own
         # This needs the line that supervisord has just written, because it may differ from all others.
         entries = read_entries(self._text, program)
-        self._processes.refresh(self._clock() - PROCESSES_SECONDS)
-        alone = not self._processes.find_namesakes(group, program)
+        if find_start(entries, pid) is None and not self._goes_back():
+            return ''
+        alone = self._is_alone(group, program, pid)
         reason = find_reason(entries, pid, alone)
         if not (reason or alone) and self._is_only_candidate(entries, group, program, pid):
             reason = find_reason(entries, pid, True)
@@ -255,15 +266,27 @@ class ExitReasons:
     def _find_own_exit(self, group: str, program: str, pid: str) -> str | None:
         """Return why a process exited if that is certain whatever has been logged since; None if it is not."""
         own = find_own_exit(read_entries(self._text, program), pid)
-        if own is None:
-            return None
+        return None if own is None or not self._is_alone(group, program, pid) else own
+
+    def _goes_back(self) -> bool:
+        """Return whether what was read of the log has all exits since `since`: it may have been rotated meanwhile."""
+        first = re.search(f'^{STAMP}', self._text, re.MULTILINE)
+        return self._since is None or self._text.startswith(self._first_line + '\n') or (
+            first is not None and first[0][:len(timestamp(0))] <= timestamp(self._since))
+
+    def _count_others(self, program: str, pid: str) -> int | None:
+        """Return how many others of that name ran when a process was started, None if the log does not say."""
         since_start = cut_at_start(self._text, self._supervisord_pid)
+        return None if since_start is None else count_others(read_entries(since_start, program), pid)
+
+    def _is_alone(self, group: str, program: str, pid: str) -> bool:
+        """Return whether no other process of that name ran when this one was started."""
         # If it ran alone, the first crash of a storm does not need the list of processes.
-        if since_start is None or not ran_alone(read_entries(since_start, program), pid):
+        others = self._count_others(program, pid)
+        if others is None:
             self._processes.refresh(self._clock() - PROCESSES_SECONDS)
-            if self._processes.find_namesakes(group, program):
-                return None
-        return own
+            return not self._processes.find_namesakes(group, program)
+        return others == 0
 
     def _is_only_candidate(self, entries: Sequence[Entry], group: str, program: str, pid: str) -> bool:
         """Return whether all processes of that name in other groups have been running since before this one's start."""
@@ -271,6 +294,7 @@ class ExitReasons:
         if start is None:
             return False
         self._processes.refresh(self._read_at)
+        namesakes = self._processes.find_namesakes(group, program)
         earlier = {entry.pid for entry in entries[:start]}
         later = {entry.pid for entry in entries[start:]}
         # Of those whose start is not in the log, one may have been started since the log was read.
@@ -282,7 +306,10 @@ class ExitReasons:
             if str(info['pid']) in later:
                 return False
             return str(info['pid']) in earlier or info['now'] - info['start'] > recent_seconds
-        return all(map(has_not_exited_since, self._processes.find_namesakes(group, program)))
+        # `supervisorctl update` may have removed one that ran then.
+        others = self._count_others(program, pid)
+        return all(map(has_not_exited_since, namesakes)) and (
+            others is None or others == sum(1 for info in namesakes if str(info['pid']) in earlier))
 
     def _find_spawn_error(self, group: str, program: str) -> str:
         return str(self._processes.refresh_one(f'{group}:{program}').get('spawnerr') or '')
@@ -334,10 +361,14 @@ class Investigator:
         if self._logs:
             self._processes.learn(seconds, interrupt)
 
-    def investigate(self, group: str, program: str, pid: str, with_logs: bool) -> Findings:
-        """Return what can be found out; pid is '' if supervisord gave up starting the process."""
+    def investigate(self, group: str, program: str, pid: str, with_logs: bool, since: float | None = None) -> Findings:
+        """Return what can be found out; pid is '' if supervisord gave up starting the process.
+
+        since: the process exited after this, in epoch seconds. It is the same for all events that may have waited
+        for each other.
+        """
         self._calls.begin()
         # The logs first: the process is being restarted.
         logs = self._logs.read(f'{group}:{program}', pid) if self._logs and with_logs else ''
-        reason = self._reasons.find(group, program, pid) if pid else self._reasons.find_fatal(group, program)
+        reason = self._reasons.find(group, program, pid, since) if pid else self._reasons.find_fatal(group, program)
         return Findings(reason, logs)

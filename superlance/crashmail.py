@@ -92,6 +92,8 @@ LOGS_IN_MAIL = 50
 NAMES_IN_SUBJECT = 10
 START_SECONDS = 5.0   # events are waiting
 SHUTDOWN_CALL_SECONDS = 5
+# An event that arrives so long after the READY has not waited in supervisord's buffer.
+FRESH_SECONDS = 0.2
 
 
 # Options.
@@ -331,6 +333,7 @@ class Crashmail:
         self._start_check = StartCheck('crashmail', make_wants(options), environment, self._log, request)
         self._investigator: Investigator | None = None
         self._server = ''
+        self._ready_at = self._since = 0.0      # epoch seconds; `since`: see Investigator.investigate
 
     def start(self) -> None:
         """Log what this listener does, and what would keep it from doing that."""
@@ -340,8 +343,11 @@ class Crashmail:
         # If no time is left, supervisord has not answered.
         if self._options.tail_lines and deadline.seconds_left() > 0:
             self._get_investigator().prepare(deadline.seconds_left(), self._exit_request)
+        self._ready_at = self._since = time.time()
 
     def handle(self, event: Event) -> None:
+        if event.received - self._ready_at >= FRESH_SECONDS:
+            self._since = self._ready_at
         try:
             crash = find_crash(event)
         except ValueError as why:
@@ -352,6 +358,7 @@ class Crashmail:
             self._handle(crash)
         # The crash comes first: supervisord is restarting the process.
         self._start_check.run_again()
+        self._ready_at = time.time()
 
     def finish(self) -> None:
         if self._shutdown:
@@ -362,7 +369,7 @@ class Crashmail:
 
     def _handle(self, crash: Crash) -> None:
         watched = is_watched(crash, self._options.names) and not (self._shutdown and self._shutdown.accepted)
-        found = self._get_investigator().investigate(crash.group, crash.program, crash.pid, with_logs=watched)
+        found = self._get_investigator().investigate(crash.group, crash.program, crash.pid, watched, self._since)
         report = Report(crash._replace(reason=found.reason), found.logs)
         self._log(report.crash.text)
         if not watched:

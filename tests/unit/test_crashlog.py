@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from typing import Any, Sequence
 
 import pytest
@@ -14,10 +15,10 @@ from superlance.crashlog import (
     Calls,
     Investigator,
     Processes,
+    count_others,
     cut_at_start,
     find_last_reason,
     find_reason,
-    ran_alone,
     read_entries,
 )
 from superlance.rpc import Refused, Unknown
@@ -124,15 +125,15 @@ def test_log_since_the_start_of_supervisord(text: str, since: str | None) -> Non
     assert cut_at_start(text, 7) == since
 
 
-@pytest.mark.parametrize(('text', 'alone'), [
-    (spawned('web', 10) + exited('web', THREE), True),
-    (spawned('web', 9) + exited('web', FOUR) + spawned('web', 10) + exited('web', THREE), True),
-    (spawned('web', 9) + spawned('web', 10) + exited('web', THREE), False),
-    (spawned('web', 10), False),
-    ('', False),
+@pytest.mark.parametrize(('text', 'others'), [
+    (spawned('web', 10) + exited('web', THREE), 0),
+    (spawned('web', 9) + exited('web', FOUR) + spawned('web', 10) + exited('web', THREE), 0),
+    (spawned('web', 9) + spawned('web', 10) + exited('web', THREE), 1),
+    (spawned('web', 10), None),
+    ('', None),
 ])
-def test_process_that_is_the_only_one_of_its_name(text: str, alone: bool) -> None:
-    assert ran_alone(read_entries(text, 'web'), '10') == alone
+def test_other_processes_that_ran_when_one_was_started(text: str, others: int | None) -> None:
+    assert count_others(read_entries(text, 'web'), '10') == others
 
 
 # With a supervisord.
@@ -217,8 +218,35 @@ def test_log_that_goes_back_to_the_start_of_supervisord_needs_no_list_of_process
     assert supervisord.count('getAllProcessInfo') == 0
     supervisord.add('other', 'web', 9)
     supervisord.log = STARTED + spawned('web', 9) + spawned('web', 10) + exited('web', THREE)
-    assert supervisord.find() == THREE      # as the only one that is not there any more
-    assert supervisord.count('getAllProcessInfo') == 1
+    assert supervisord.find() == THREE      # no other exit
+    assert supervisord.count('getAllProcessInfo') == 0
+
+
+def test_process_of_the_same_name_that_has_been_removed(
+        supervisord: FakeSupervisord, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, 'getppid', lambda: 7)
+    supervisord.log = STARTED + spawned('web', 9) + spawned('web', 10) + exited('web', FOUR) + exited('web', THREE)
+    assert supervisord.find() == ''
+
+
+def test_log_that_was_rotated_while_the_event_waited(supervisord: FakeSupervisord) -> None:
+    logged = time.mktime(time.strptime(STAMP[:19], '%Y-%m-%d %H:%M:%S'))
+    investigator = supervisord.make_investigator()
+
+    def find(program: str, since: float) -> str:
+        return investigator.investigate(program, program, '10', False, since).reason
+
+    supervisord.log = exited('db', FOUR)
+    assert find('db', logged - 9) == FOUR       # has not waited
+    supervisord.log += exited('web', THREE)
+    assert find('web', logged - 9) == THREE
+    supervisord.log = exited('web', FOUR)
+    assert find('web', logged - 9) == ''        # perhaps that of the process after it
+    assert find('web', logged + 9) == FOUR      # the log goes back to when none waited
+    supervisord.failures['readLog'] = [Unknown('no answer')] * 9
+    assert find('web', logged - 1) == ''
+    supervisord.failures.clear()
+    assert find('web', logged - 1) == ''
 
 
 def test_log_is_read_again_for_a_name_that_is_in_several_groups(supervisord: FakeSupervisord) -> None:

@@ -373,7 +373,8 @@ class FakeInvestigator:
     def prepare(self, seconds: float, request: object) -> None:
         pass
 
-    def investigate(self, group: str, program: str, pid: str, with_logs: bool) -> Findings:
+    def investigate(self, group: str, program: str, pid: str, with_logs: bool, since: float) -> Findings:
+        self.since = since
         return Findings('exit status 3', f'{self.tail_lines} lines' if with_logs and self.tail_lines else '')
 
 
@@ -402,9 +403,10 @@ class Rig:
         environment = {'SUPERVISOR_SERVER_URL': NO_SUPERVISORD, 'SUPERVISOR_GROUP_NAME': 'listener'}
         self.crashmail = Crashmail(build(*argv), environment, ExitRequest())
 
-    def crash(self, program: str = 'web', group: str = 'web', name: str = EXITED, expected: int = 0) -> None:
+    def crash(self, program: str = 'web', group: str = 'web', name: str = EXITED, expected: int = 0,
+              when: float = NOW) -> None:
         self.crashmail.handle(Event(
-            name, f'processname:{program} groupname:{group} from_state:RUNNING expected:{expected} pid:7', 'sup', NOW))
+            name, f'processname:{program} groupname:{group} from_state:RUNNING expected:{expected} pid:7', 'sup', when))
 
     @property
     def subjects(self) -> list[str]:
@@ -424,6 +426,19 @@ def test_every_crash_is_logged_and_those_of_watched_processes_are_reported(monke
     assert rig.outbox.notices == [(
         f'db1: web crashed at {timestamp(NOW)}',
         f'{timestamp(NOW)}: web (pid 7) exited unexpectedly: exit status 3\n\n5 lines', 'sup')]
+
+
+def test_crashes_whose_events_may_have_waited_belong_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    rig.crashmail.start()
+    found = []
+    for waited_seconds in (0, 0.1, 0.3, 0.1):
+        ready_at = rig.crashmail._ready_at
+        rig.crash(when=ready_at + waited_seconds)
+        investigator: Any = rig.crashmail._investigator
+        found.append((investigator.since, ready_at))
+    assert found[0][0] == found[1][0] == found[0][1]
+    assert found[2][0] == found[3][0] == found[2][1]
 
 
 def test_shutdown_after_a_crash_of_a_watched_process(monkeypatch: pytest.MonkeyPatch) -> None:
