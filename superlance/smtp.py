@@ -5,6 +5,7 @@ import re
 import smtplib
 import socket
 import ssl
+from base64 import b64encode
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from superlance.command import Deadline
 from superlance.fetch import BoundedSocket, FetchFailed, Request, Target, connect, limit_wait
 from superlance.listener import one_line
-from superlance.notice import SecondsLeft, SendFailed, find_domain
+from superlance.notice import SecondsLeft, SendFailed, find_domain, hide
 from superlance.rpc import Unknown
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 SEND_SECONDS = 60           # up to the end of DATA
 ANSWER_SECONDS = 10 * 60    # RFC 5321, 4.5.3.2.6: after a shorter time, a slow server delivers each attempt
+ANSWER_CHARACTERS = 500     # as much as belongs in a log
+ANSWERS_LIMIT_BYTES = 1024 * 1024
 LOGIN_RETRY_SECONDS = 3600  # each failed login may count towards a lockout
 
 
@@ -30,6 +33,21 @@ def send(server: SmtpServer, message: EmailMessage, seconds_left: SecondsLeft) -
 
     seconds_left is how much time the listener has; a session has deadlines of its own. Raises SendFailed.
     """
+    # A server may repeat the command that it rejects.
+    secrets = _encode_secrets(server)
+    try:
+        return hide(_send(server, message, seconds_left), secrets)
+    except SendFailed as why:
+        raise SendFailed(hide(str(why), secrets), why.permanent, why.pause_seconds) from None
+
+
+def _encode_secrets(server: SmtpServer) -> list[str]:
+    """Return the password in each form in which it is sent."""
+    plain = f'\0{server.user}\0{server.password}', server.password
+    return [server.password, *(b64encode(text.encode('utf-8', 'surrogateescape')).decode('ascii') for text in plain)]
+
+
+def _send(server: SmtpServer, message: EmailMessage, seconds_left: SecondsLeft) -> str:
     session = Session(server, seconds_left)
     try:
         return session.send(message)
@@ -50,6 +68,19 @@ def send(server: SmtpServer, message: EmailMessage, seconds_left: SecondsLeft) -
         if session.seconds_left() <= 0:
             reason = 'timed out'
         raise SendFailed(f'{server.host}:{server.port}: {reason or type(why).__name__}') from why
+
+
+class SmtpSocket(BoundedSocket):
+    """A socket for a server whose answers take little memory; smtplib would collect any number of lines."""
+
+    _received_bytes = 0
+
+    def readinto(self, buffer: Any) -> int:
+        received_bytes = super().readinto(buffer)
+        self._received_bytes += received_bytes
+        if self._received_bytes > ANSWERS_LIMIT_BYTES:
+            raise FetchFailed('the answer is too long')
+        return received_bytes
 
 
 class Session:
@@ -103,7 +134,7 @@ class Session:
             self._log_in()
 
     def _use(self, sock: socket.socket) -> None:
-        self._smtp.sock = BoundedSocket(sock, self.seconds_left)  # type: ignore[assignment]
+        self._smtp.sock = SmtpSocket(sock, self.seconds_left)  # type: ignore[assignment]
         self._smtp.file = None  # smtplib opens another; what this one has buffered was sent before TLS
 
     def _wrap(self, sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -165,4 +196,5 @@ def _describe_rejected(rejected: dict[str, tuple[int, bytes]]) -> str:
 
 
 def _describe_answer(code: int, text: bytes | str) -> str:
-    return f"{code} {one_line(text.decode('utf-8', 'replace') if isinstance(text, bytes) else text)}".rstrip()
+    answer = one_line(text.decode('utf-8', 'replace') if isinstance(text, bytes) else text)[:ANSWER_CHARACTERS]
+    return f'{code} {answer}'.rstrip() if code >= 0 else f'not an SMTP answer: ...{answer}'

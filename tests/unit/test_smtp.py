@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from base64 import b64encode
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from pathlib import Path
@@ -332,8 +333,10 @@ def test_dialogue_that_goes_wrong(answers: Sequence[bytes], reason: str, permane
     (b'', '127.0.0.1:PORT: Connection unexpectedly closed'),
     (b'554 go\x1b[1m away\r\n', '127.0.0.1: 554 go\\x1b[1m away'),
     (b'554-one\r\n554 two\r\n', '127.0.0.1: 554 one | two'),
-    (b'HTTP/1.1 400 Bad Request\r\n\r\n', '127.0.0.1: -1 '),
+    (b'HTTP/1.1 400 Bad Request\r\n\r\n', '127.0.0.1: not an SMTP answer: .../1.1 400 Bad Request'),
     (b'220 ' + b'x' * 100000, '127.0.0.1: 500 Line too long.'),
+    (b'220-x\r\n' * 500000, '127.0.0.1:PORT: the answer is too long'),
+    (b'554-x\r\n' * 1000 + b'554 x\r\n', '127.0.0.1: 554 ' + ('x | ' * 125).rstrip()),
 ])
 def test_server_of_another_protocol(said: bytes, expected: str) -> None:
     def handle(client: socket.socket) -> None:
@@ -378,6 +381,14 @@ def test_name_lookup_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, 'getaddrinfo', look_up)
     assert str(send_in_vain('smtp://mail.example.com')) == (
         'mail.example.com:25: DNS lookup of mail.example.com failed: Temporary failure in name resolution')
+
+
+def test_answer_that_repeats_the_password() -> None:
+    plain = b64encode(f'\0bob\0{PASSWORD}'.encode())
+    rejection = b'535 no: AUTH PLAIN %s, %s' % (plain, PASSWORD.encode())
+    with serving(make_dialogue(b'250-x\r\n250 AUTH PLAIN', rejection)) as port:
+        why = send_in_vain(f'smtp://{USER_INFO}127.0.0.1:{port}')
+    assert str(why) == '127.0.0.1: login failed: 535 no: AUTH PLAIN ***, ***'
 
 
 # Time.
