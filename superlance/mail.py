@@ -78,7 +78,8 @@ def parse_smtp(text: str) -> SmtpServer:
 
     # In an invalid URL, anything before the last @ may be the password.
     scheme = text.partition('://')[0]
-    shown = f"{scheme + '://' if scheme.isalpha() else ''}***@{text.rpartition('@')[2]}" if '@' in text else text
+    shown = (f"{scheme + '://' if scheme.isalpha() else ''}***@{text.rpartition('@')[2]}" if '@' in text
+             else re.sub(r'(://[^/:[]*:)(?!\d*/?\Z).*', r'\1***', text))
     wrong = ValueError(f'{shown!r} is not a mail server; write smtp://[user[:password]@]host[:port] or smtps://...')
     try:
         url = urlsplit(text)
@@ -255,12 +256,15 @@ def send_mail(settings: Settings, program: str, notice: Notice, seconds_left: Se
 def _hide_command(settings: Settings, text: str) -> str:
     """Return text without the words of -s, which a shell repeats if it does not understand them.
 
-    Plain lower-case words remain, so that the output of `echo rejected; exit 1` says something.
+    Plain lower-case words that are no value of an option remain, so that the output of `echo rejected; exit 1` says
+    something.
     """
     if settings.sendmail == SENDMAIL:
         return text
     words = re.split(r'[\s\'"`=;&|<>(){}$]+', settings.sendmail)
-    return hide(text, [one_line(settings.sendmail), *(word for word in words if not re.fullmatch('[a-z]*', word))])
+    values = re.findall(r'[=:]([^\s\'"`;&|<>(){}$]+)', settings.sendmail)   # as in --password=VALUE
+    return hide(text, [one_line(settings.sendmail), *values,
+                       *(word for word in words if not re.fullmatch('[a-z]*', word))])
 
 
 def send_webhook(settings: Settings, program: str, notice: Notice, seconds_left: SecondsLeft) -> str:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, Callable, NamedTuple, Sequence
 
 from superlance import __version__
-from superlance.listener import one_line
+from superlance.listener import one_line, printable
 
 NUMBER = r'(\d+\.?\d*|\.\d+)\s*'
 SIZE = NUMBER + r'(?:([kmgt])(?:i?b)?|b)?'
@@ -263,10 +263,11 @@ def parse_addresses(text: str) -> tuple[str, ...]:
     # A comma separates two addresses if an even number of quotes follows it.
     parts = [part.strip() for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*\Z)', text)]
     addresses = tuple(filter(None, parts))
+    shown = without_password(text) if '://' in text else text
     for address in addresses:
         # email.message would decode an encoded word (RFC 2047), even to a line end.
         if not (address.isprintable() and re.fullmatch(MAILBOX, address, re.ASCII)) or '=?' in address:
-            raise ValueError(f'{text!r} is not a mail address; write one, as in bob@example.com, '
+            raise ValueError(f'{shown!r} is not a mail address; write one, as in bob@example.com, '
                              'or several, separated by commas')
     return tuple(map(_simplify_name, addresses))
 
@@ -331,7 +332,7 @@ class Name(NamedTuple):
         return self.group in (None, group) and self.program in (None, program)
 
     def __str__(self) -> str:
-        return ':'.join(filter(None, (self.group, self.program or '*')))
+        return printable(':'.join(filter(None, (self.group, self.program or '*'))))
 
 
 EVERY = Name(None, None)

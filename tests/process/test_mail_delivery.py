@@ -56,7 +56,7 @@ def test_night_with_a_dead_mail_server_and_a_live_webhook(dead_port: int) -> Non
             listener.crash(f'web{number}')
         chat.wait(3)
         wait_for(lambda: len(find_lines(listener.log, 'sent webhook')) == 3, lambda: listener.log)
-        wait_for(lambda: len(find_lines(listener.log, 'unable')) == 3, lambda: listener.log)
+        wait_for(lambda: len(find_lines(listener.log, 'unable to send mail')) == 3, lambda: listener.log)
         assert listener.terminate() == 0
         log = listener.log
     assert [subject.split()[0] for subject in chat.subjects] == ['web0', 'web1', 'web2']

@@ -66,7 +66,8 @@ def test_parse_smtp(url: str, expected: tuple[str, int, bool, str, str]) -> None
     ('smtp://:25', 'smtp://:25'),
     ('smtp://localhost:0', 'smtp://localhost:0'),
     ('smtp://localhost:65536', 'smtp://localhost:65536'),
-    ('smtp://localhost:mail', 'smtp://localhost:mail'),
+    ('smtp://localhost:mail', 'smtp://localhost:***'),
+    ('smtp://bob:s3cret', 'smtp://bob:***'),
     ('smtp://local host', 'smtp://local host'),
     ('smtp://local\nhost', 'smtp://local\nhost'),
     ('smtp://localhost\x00', 'smtp://localhost\x00'),
@@ -197,6 +198,7 @@ def test_explicit_command_without_recipients_takes_precedence_over_smtp() -> Non
     (['--email', 'a@b;c@d'], "option --email: 'a@b;c@d' is not a mail address"),
     (['--smtp', 'smtp://bob:s3cret@x:y'], r"option --smtp: 'smtp://\*\*\*@x:y' is not a mail server"),
     (['--from', 'a@b,c@d'], "option --from: 'a@b,c@d' is more than one mail address"),
+    (['--from', 'smtp://bob:s3cret@x'], r"option --from: 'smtp://bob:\*\*\*@x' is not a mail address"),
 ])
 def test_invalid_options(argv: list[str], complaint: str) -> None:
     with pytest.raises(UsageError, match='^' + complaint):
@@ -469,6 +471,7 @@ def test_failing_command(text: str, reason: str) -> None:
     ('s3cret-mailer', 'not found'),
     ('KEY=s3cret-key; echo "no $KEY"; exit 1', 'exit status 1: no ***'),
     ('echo rejected by s3cret-key >&2; exit 1', 'rejected by ***'),
+    ('echo rejected --key=secretkey user:secretkey; exit 1', 'rejected --key=*** ***'),
     ("echo 's3cret-key is wrong'; exit 1; 'unterminated", ''),
     ('cat < /nonexistent/s3cret-key', '***'),
 ])

@@ -198,6 +198,7 @@ def test_names_in_a_sentence(names: list[str], text: str) -> None:
     ('shop:*', Name('shop', None), 'shop:*'),
     ('shop:', Name('shop', None), 'shop:*'),
     ('größe', Name(None, 'größe'), 'größe'),
+    ('web\nx', Name(None, 'web\nx'), r'web\nx'),
 ])
 def test_parse_name(text: str, name: Name, shown: str) -> None:
     assert parse_name(text) == name
