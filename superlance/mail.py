@@ -284,7 +284,7 @@ def send_test(settings: Settings, program: str, subject: str, body: str, server:
     lines, succeeded = [], True
     to = f" to {', '.join(settings.recipients)}" if settings.recipients else ''
     for used, send, what in ((settings.sends_mail, send_mail, f'mail{to}'),
-                             (settings.webhook is not None, send_webhook, 'notice to the webhook')):
+                             (settings.webhook is not None, send_webhook, 'webhook message')):
         if not used:
             continue
         try:

@@ -73,11 +73,11 @@ def check_core_directory(path: str) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as why:
-        return f'core directory {path}: {why.strerror}; create it, and make it writable for uid {os.geteuid()}'
+        return f'core directory {path}: {why.strerror}; create it, and make it writable by uid {os.geteuid()}'
     if not stat.S_ISDIR(mode):
         return f'core directory {path} is not a directory'
     if not os.access(path, os.W_OK | os.X_OK):
-        return f'core directory {path} is not writable for uid {os.geteuid()}, as which this listener runs'
+        return f'core directory {path} is not writable by uid {os.geteuid()}, the user of this listener'
     if mode & stat.S_IWOTH:
         return f'core directory {path} is writable by other users, who could read or replace core dumps: ' \
                'use a directory that only this listener can write to'

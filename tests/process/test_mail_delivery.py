@@ -145,7 +145,7 @@ def test_once_says_what_mail_server_and_webhook_answered(dead_port: int) -> None
                                 f'--smtp=smtp://robot:s3cret@127.0.0.1:{dead_port}')
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert f'unable to send mail to bob@example.com: 127.0.0.1:{dead_port}: Connection refused\n' in done.stdout
-    assert 'unable to send notice to the webhook: 404 Not Found: no_service\n' in done.stdout
+    assert 'unable to send webhook message: 404 Not Found: no_service\n' in done.stdout
     assert not any(secret in done.stdout + done.stderr for secret in SECRETS)
 
 

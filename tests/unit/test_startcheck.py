@@ -76,11 +76,11 @@ def test_core_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert check_core_directory(str(file)) == f'core directory {file} is not a directory'
     missing = tmp_path / 'none'
     assert check_core_directory(str(missing)) == (
-        f'core directory {missing}: No such file or directory; create it, and make it writable for uid {os.geteuid()}')
+        f'core directory {missing}: No such file or directory; create it, and make it writable by uid {os.geteuid()}')
     tmp_path.chmod(0o777)
     assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is writable by other users')
     monkeypatch.setattr(os, 'access', lambda path, mode: False)     # root may write anywhere
-    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is not writable for uid ')
+    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is not writable by uid ')
     wants = Wants(core_directory=str(file))
     assert find_local_problems(wants) == [Problem(f'core directory {file} is not a directory')]
 

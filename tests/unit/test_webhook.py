@@ -219,6 +219,6 @@ def test_a_test_notice() -> None:
         settings = mail.Settings(('bob@example.com',), 'cat >/dev/null', webhook=mail.parse_webhook(chat.url()))
         by_mail = 'sent mail to bob@example.com'
         assert mail.send_test(settings, 'crashmail', 'a test', 'body') == (
-            [by_mail, 'sent notice to the webhook: 200 OK'], True)
+            [by_mail, 'sent webhook message: 200 OK'], True)
         assert mail.send_test(settings, 'crashmail', 'a test', 'body') == (
-            [by_mail, 'unable to send notice to the webhook: 404 Not Found: no_service'], False)
+            [by_mail, 'unable to send webhook message: 404 Not Found: no_service'], False)
