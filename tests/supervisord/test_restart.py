@@ -183,9 +183,10 @@ SCRIPTS = {
         ('startProcess', (False,), 'RUNNING')]),
     'starting': Script('exec sleep 1000', (None, 0, 0.01), {'startsecs': 1}, 'STARTING', [
         ('stopProcess', (True,), 'STOPPED'), ('startProcess', (False,), 'RUNNING')]),
-    'fatal': Script('exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 1, 'startretries': 0}, 'FATAL', [
+    # If a program exits at once, supervisord may have reaped it before it answers (SPAWN_ERROR).
+    'fatal': Script('sleep 0.2; exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 1, 'startretries': 0}, 'FATAL', [
         ('stopProcess', (True,), 'FATAL'), ('startProcess', (False,), 'FATAL'), ('removeProcessGroup', (), '')]),
-    'backoff': Script('exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 1, 'startretries': 9}, 'BACKOFF', [
+    'backoff': Script('sleep 0.2; exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 1, 'startretries': 9}, 'BACKOFF', [
         ('startProcess', (False,), 'BACKOFF'), ('stopProcess', (True,), 'STOPPED')]),
     'slow': Script(f"trap 'sleep 1; exit 0' TERM; touch slow.ready; {LOOP}", (None, 0, 1.0), {}, 'RUNNING', [
         ('stopProcess', (False,), 'STOPPING'), ('stopProcess', (True,), 'STOPPING'),
