@@ -164,6 +164,14 @@ def describe_check(check: Check) -> str:
 
 # A thread that can be abandoned.
 
+def _import_http() -> None:
+    """Import what a request needs. Raises Unknown."""
+    try:
+        import http.client  # noqa: F401  on the thread it would cost 0.7 MB more: malloc has an arena per thread
+    except OSError as why:
+        raise Unknown(str(why)) from why
+
+
 class BackgroundFetch:
     """Runs fetch on a daemon thread, which a signal or the deadline abandons; there is never more than one."""
 
@@ -177,6 +185,7 @@ class BackgroundFetch:
 
         If an earlier request still hangs in its DNS lookup, this waits for that first.
         """
+        _import_http()  # before the deadline: on a busy machine, the first import may take a second
         deadline = Deadline(seconds)
         if self._finished is None or self._has_finished(deadline.seconds_left()):
             self._start(request, deadline.seconds_left, search)
@@ -192,8 +201,6 @@ class BackgroundFetch:
     def _start(self, request: Request, seconds_left: SecondsLeft, search: Search) -> None:
         """Start the thread. Raises Unknown."""
         try:
-            import http.client  # noqa: F401  on the thread it would cost 0.7 MB more: malloc has an arena per thread
-
             finished, writable = os.pipe()
         except OSError as why:
             raise Unknown(describe_failure(why)) from why

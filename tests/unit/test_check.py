@@ -220,6 +220,21 @@ def test_a_request_in_the_background() -> None:
     wait_for(lambda: len(os.listdir('/dev/fd')) <= descriptors + 2)     # those of the ExitRequest
 
 
+def test_a_slow_first_import_does_not_use_up_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, '_import_http', lambda: time.sleep(1.1))
+    with Site() as site:
+        assert get_in_background(make_background(), site.url(), 1)
+
+
+def test_import_without_a_file_descriptor_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with monkeypatch.context() as patch:
+        patch.setattr('builtins.__import__', refuse)
+        with pytest.raises(Unknown, match='Too many open files'):
+            check._import_http()
+
+
 def test_a_hanging_dns_lookup_is_abandoned_at_the_deadline_and_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, 'ABANDON_SECONDS', 0)
     background = make_background()
