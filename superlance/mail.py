@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     smtp: SmtpServer | None = None
     sender: str | None = None
     webhook: Target | None = None
-    without_recipients: bool = False    # run the command of -s although there is no -m
+    without_recipients: bool = False    # run the -s command although there is no -m
 
     @property
     def sends_mail(self) -> bool:
@@ -64,7 +64,7 @@ class Settings(NamedTuple):
     @property
     def shown_command(self) -> str:
         """What messages call the mail command: the text of -s may contain a password."""
-        return self.sendmail if self.sendmail == SENDMAIL else 'the command of -s'
+        return self.sendmail if self.sendmail == SENDMAIL else 'the -s command'
 
 
 # The options.
@@ -187,7 +187,7 @@ def find_command_problem(settings: Settings) -> str:
         return ''
     if settings.sendmail == SENDMAIL:
         return f'mail command {word} not found: install a mail server such as Postfix, or use --smtp or -s'
-    return 'the command of -s was not found or is not executable'
+    return 'the -s command was not found or is not executable'
 
 
 def _exists(word: str) -> bool:

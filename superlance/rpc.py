@@ -282,7 +282,8 @@ def find_supervisor(configuration: str | None, environment: Mapping[str, str]) -
     try:
         client.realize(['-c', configuration] if configuration else [], doc='', progname='supervisorctl')
     except (SystemExit, Error) as why:
-        reason = str(why) if isinstance(why, Error) else client.stderr.getvalue().partition('\n')[0]
+        printed = client.stderr.getvalue().partition('\n')[0].replace('Error: ', '', 1)
+        reason = str(why) if isinstance(why, Error) else printed
         if configuration:
             raise UsageError(f'option --configuration: {reason}') from why
         raise UsageError(f'{client.configfile}: {reason}; name another file with --configuration=FILE') from why

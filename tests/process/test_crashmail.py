@@ -62,7 +62,7 @@ def test_first_lines_of_the_log(start: Start) -> None:
     listener.expect(b'READY\n')
     log = listener.wait_for_log(NO_SUPERVISORD)
     lines = [line.partition(' crashmail: ')[2] for line in log.splitlines()]
-    assert re.fullmatch(r'crashmail [\d.]+: reports crashes of web; mail to bob@example.com through the command of -s',
+    assert re.fullmatch(r'crashmail [\d.]+: reports crashes of web; mail to bob@example.com through the -s command',
                         lines[0])
     assert lines[1:3] == [
         "warning: ignored argument 'surplus': crashmail takes options only; a value that contains spaces needs quotes",

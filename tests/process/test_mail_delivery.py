@@ -75,7 +75,7 @@ def test_last_attempt_at_exit_succeeds(tmp_path: Path) -> None:
     script = write_script(tmp_path / 'mta', f'[ -e {tmp_path}/up ] || exit 75\n{inbox.command}\n')
     with crashmail('-m', 'bob@example.com', '-s', str(script)) as listener:
         listener.crash('web')
-        listener.wait_for_log('queued for retry: the command of -s: exit status 75')
+        listener.wait_for_log('queued for retry: the -s command: exit status 75')
         (tmp_path / 'up').touch()
         assert listener.terminate() == 0
         assert 'dropped' not in listener.log and str(script) not in listener.log

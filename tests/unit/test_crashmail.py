@@ -81,7 +81,7 @@ def test_each_option_has_its_field(argv: list[str], field: str, value: Any) -> N
      'reports crashes of every process with the last 20 log lines, at most one mail per 10m, '
      'then shuts supervisord down; no mail'),
     (['--tail=1', '-s', 'true'],
-     'reports crashes of every process with the last 1 log line; mail through the command of -s'),
+     'reports crashes of every process with the last 1 log line; mail through the -s command'),
 ])
 def test_first_line_of_the_log(argv: list[str], line: str) -> None:
     assert re.fullmatch(r'crashmail [\w.]+: (.*)', describe(build(*argv)))[1] == line  # type: ignore[index]

@@ -143,7 +143,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     ([], False, False, 'no mail'),
     (['-m', 'a@b, C <c@d>'], True, True, 'mail to a@b, C <c@d> through /usr/sbin/sendmail -t -i'),
     (['-m', 'a@b', '-s', mail.SENDMAIL], True, True, 'mail to a@b through /usr/sbin/sendmail -t -i'),
-    (['-m', 'a@b', '-s', 'mailer --key s3cret'], True, True, 'mail to a@b through the command of -s'),
+    (['-m', 'a@b', '-s', 'mailer --key s3cret'], True, True, 'mail to a@b through the -s command'),
     (['-m', 'a@b', '--smtp', 'smtp://bob:s3cret@[::1]'], True, True, 'mail to a@b through smtp://[::1]:25'),
     (['-m', 'a@b', '--smtp', 'smtps://x.org:99'], True, True, 'mail to a@b through smtps://x.org:99'),
     (['--webhook', WEBHOOK], False, True, 'notices to the webhook'),
@@ -161,7 +161,7 @@ def test_explicit_command_without_recipients() -> None:
     assert not mail.read_settings(read_argv(['-s', 'cat > x'], mail.OPTIONS)[0]).sends_mail
     settings = read_options('-s', 'cat > x', '--from', 'eve@x', without_recipients=True)
     assert settings.sends_mail and settings.sends_anything
-    assert mail.describe(settings) == 'mail through the command of -s'
+    assert mail.describe(settings) == 'mail through the -s command'
     assert not read_options(without_recipients=True).sends_mail     # the default command has no effect then
     assert not read_options('-m', 'a@b', '-s', 'x', without_recipients=True).without_recipients
 
@@ -228,10 +228,10 @@ def test_invalid_webhook_is_not_shown(url: str, monkeypatch: pytest.MonkeyPatch)
     ('"/nonexistent/my mailer" x', ''),
     ('FOO=1 /nonexistent/mailer', ''),
     (' ', ''),
-    ('/nonexistent/s3cret-mailer -t', 'the command of -s was not found or is not executable'),
-    ('/etc/passwd', 'the command of -s was not found or is not executable'),
-    ('/bin', 'the command of -s was not found or is not executable'),
-    ('nonexistent-s3cret', 'the command of -s was not found or is not executable'),
+    ('/nonexistent/s3cret-mailer -t', 'the -s command was not found or is not executable'),
+    ('/etc/passwd', 'the -s command was not found or is not executable'),
+    ('/bin', 'the -s command was not found or is not executable'),
+    ('nonexistent-s3cret', 'the -s command was not found or is not executable'),
 ])
 def test_missing_mail_command(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = mail.Settings(TO, text)
@@ -453,11 +453,11 @@ def test_command_without_recipients_gets_no_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('text', 'reason'), [
-    ('exit 3', 'the command of -s: exit status 3'),
-    ('kill -9 $$', 'the command of -s: terminated by signal 9'),
-    ('s3cret\0b', 'the command of -s: embedded null byte'),
-    ('exec 0<&-; echo full; exit 1', 'the command of -s: exit status 1: full'),
-    ('printf "a\\377\\n\\n\\033b" >&2; exit 1', 'the command of -s: exit status 1: a\ufffd | \\x1bb'),
+    ('exit 3', 'the -s command: exit status 3'),
+    ('kill -9 $$', 'the -s command: terminated by signal 9'),
+    ('s3cret\0b', 'the -s command: embedded null byte'),
+    ('exec 0<&-; echo full; exit 1', 'the -s command: exit status 1: full'),
+    ('printf "a\\377\\n\\n\\033b" >&2; exit 1', 'the -s command: exit status 1: a\ufffd | \\x1bb'),
 ])
 def test_failing_command(text: str, reason: str) -> None:
     with pytest.raises(SendFailed) as why:
@@ -522,7 +522,7 @@ def test_hung_command_is_killed_with_its_children(
         monkeypatch.setattr(mail, 'COMMAND_SECONDS', 0.5)
     pids = tmp_path / 'pids'
     script = write_script(tmp_path / 'mta', f"trap '' TERM\nsleep 1000 &\necho $$ $! >> {pids}\nwait\nsleep 1000\n")
-    with pytest.raises(SendFailed, match=r'^the command of -s: timed out$'):
+    with pytest.raises(SendFailed, match=r'^the -s command: timed out$'):
         send(script, seconds=math.inf if own_limit else 0.5)    # the listener's own time, when it exits
     for pid in wait_for_pids(pids, 2):
         wait_for(partial(lambda pid: not is_alive(pid), pid), f'the end of {pid}')
@@ -556,7 +556,7 @@ def test_a_test_notice_without_any_way_to_send_it() -> None:
 @pytest.mark.parametrize(('text', 'line', 'accepted'), [
     ('cat > /dev/null; echo queued', 'sent mail to bob@example.com: queued', True),
     ('cat > /dev/null', 'sent mail to bob@example.com', True),
-    ('exit 75', 'unable to send mail to bob@example.com: the command of -s: exit status 75',
+    ('exit 75', 'unable to send mail to bob@example.com: the -s command: exit status 75',
      False),
 ])
 def test_a_test_notice(text: str, line: str, accepted: bool) -> None:
