@@ -69,8 +69,9 @@ class Failed:
 class Schedule:
     """Which notice is sent next, and when. It has no thread and no clock: `now` is in seconds, by any clock.
 
-    A new notice is due at once. One that failed is retried after the next success, otherwise after 10 s, doubling to
-    10 minutes. Of those that were rejected for good, one is retried each hour; if that is accepted, the others follow.
+    A new notice is due at once. One that failed is retried after the next success, otherwise after 10 s, and then after
+    delays that double to 10 minutes. Of those that were rejected permanently, one is retried each hour; if it is
+    accepted, the others follow.
     """
 
     def __init__(self) -> None:

@@ -237,7 +237,7 @@ class Supervisor:
 def _accept_control_characters(transport: Any) -> None:
     """Let a transport read answers with control characters, which are not valid XML.
 
-    supervisord sends them as they are in a log. They become visible characters, as "\u241b" for an escape.
+    supervisord sends them as they are in a log. Each becomes a visible character, such as "\u241b" for an escape.
     """
     get_parser = transport.getparser
 

@@ -289,7 +289,7 @@ class StartCheck:
 # The check for --once.
 
 def check_once(program: str, wants: Wants, supervisor: Supervisor, environment: Mapping[str, str]) -> list[Problem]:
-    """Return what StartCheck would log, except of memory."""
+    """Return what StartCheck would log, except about memory."""
     problems = find_local_problems(wants)
     if wants.supervisord:
         try:
