@@ -1,6 +1,7 @@
 """Inboxes for the tests' mail: the file of a mail command, or an SMTP server on loopback."""
 from __future__ import annotations
 
+import asyncio.constants
 from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import default
@@ -11,6 +12,8 @@ from aiosmtpd.controller import Controller
 from support import TIMEOUT, wait_for
 
 SEPARATOR = b'\n=====\n'
+# From Python 3.12 on, a server that is stopped waits 30 s for each TLS connection that the client has just closed.
+asyncio.constants.SSL_SHUTDOWN_TIMEOUT = 0.1  # type: ignore[misc,assignment,attr-defined,unused-ignore]
 
 
 class Inbox:
