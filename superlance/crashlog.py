@@ -241,15 +241,15 @@ class ExitReasons:
 
     def _find(self, group: str, program: str, pid: str, since: float | None) -> str:
         own = None
-        is_first = since != self._since
-        if is_first:
-            self._since, self._first_line = since, ''
-            self._read()
-            self._first_line = self._text.partition('\n')[0]
-        if is_first or self._clock() - self._read_at < REUSE_SECONDS:
+        if self._clock() - self._read_at < REUSE_SECONDS:
             own = self._find_own_exit(group, program, pid)
-        if own is None and not is_first:
+        if own is None:
+            is_first = since != self._since
+            if is_first:
+                self._since, self._first_line = since, ''
             self._read()
+            if is_first:
+                self._first_line = self._text.partition('\n')[0]
             own = self._find_own_exit(group, program, pid)
         if own is not None:
             return own
