@@ -108,7 +108,6 @@ from superlance.options import (
     run_script,
 )
 from superlance.outage import (
-    Fate,
     Kind,
     Outage,
     are_all_in_grace,
@@ -264,7 +263,7 @@ class Httpok:
         self._outbox = Outbox(options.mail, 'httpok', self._log)
         self._start_check = StartCheck('httpok', describe_wants(options), environment, self._log, request)
         self._outage = Outage(options.failures, options.grace_seconds, options.remind_seconds, time.monotonic())
-        self._outcomes: list[Outcome] = []          # of this tick
+        self._reported: list[Outcome] = []          # by the restarter, in this tick
         self._last: dict[str, Outcome] = {}         # of each process
         self._lines: list[str] = []                 # for the mail
         # The last reasons that were logged for a skipped check, and for leaving processes alone.
@@ -291,7 +290,7 @@ class Httpok:
             self._skipped = str(why)
 
     def finish(self) -> None:
-        self._outcomes = []
+        self._reported = []
         self._restarter.finish()
         self._mail_late()
         self._outbox.close()
@@ -346,54 +345,54 @@ class Httpok:
         if options.grace_seconds and are_all_in_grace(watched, options.grace_seconds):
             self._log(f'{options.check.url}: {verdict.text} (grace period)')
             if outage.note_bad_in_grace(self._failed_at):
-                fates = list(filter(None, (leave_alone(process, options.grace_seconds) for process in watched)))
-                self._mail_bad(verdict, fates, summarize(fates))
+                outcomes = list(filter(None, (leave_alone(process, options.grace_seconds) for process in watched)))
+                self._mail_bad(verdict, outcomes, summarize(outcomes, options.grace_seconds))
         elif outage.is_enough():
             self._act(verdict, watched, trouble, check_began)
         else:
             progress = f'failed check {outage.failures + 1} of {options.failures}'
             self._log(f'{options.check.url}: {verdict.text} ({progress})')
             if outage.note_bad(self._failed_at):
-                fates = [Fate(process, Result.LEFT_ALONE, f'left alone: {progress}') for process in watched]
-                self._mail_bad(verdict, fates, progress)
+                outcomes = [Outcome(process, Result.LEFT_ALONE, f'left alone: {progress}') for process in watched]
+                self._mail_bad(verdict, outcomes, progress)
 
     def _act(self, verdict: Verdict, watched: Sequence[Process], trouble: str, check_began: float) -> None:
         if not self._options.names and self._outage.wants_mail({Kind.NOTHING}, self._failed_at):
             self._refuse_at_shutdown(verdict)
         self._log(f'{self._options.check.url}: {verdict.text}')
-        fates, left = [], []
+        outcomes, left = [], []
         for process in watched:
-            fate = leave_alone(process, self._options.grace_seconds, check_began)
-            left += [fate] if fate else []
-            fates.append(fate or self._restart(process))
-        kinds = find_kinds(fates)
+            outcome = leave_alone(process, self._options.grace_seconds, check_began)
+            left += [outcome] if outcome else []
+            outcomes.append(outcome or self._restart(process))
+        kinds = find_kinds(outcomes)
         if kinds == {Kind.NOTHING} and watched:
             self._refuse_at_exit(verdict)
-            if any(outcome.result is Result.LEFT_ALONE for outcome in self._outcomes):
+            if any(outcome.result is Result.LEFT_ALONE for outcome in self._reported):
                 self._refuse_at_shutdown(verdict)   # it may be the reason
         left_alone = trouble or describe_left_alone(left)
         if left_alone and left_alone != self._left_alone:
             self._log(left_alone)
         self._left_alone = left_alone
-        if self._outage.note_action(kinds, count_restarts(fates), self._failed_at):
-            self._mail_bad(verdict, fates, summarize(fates) or ('nothing restarted' if self._options.names else ''))
+        if self._outage.note_action(kinds, count_restarts(outcomes), self._failed_at):
+            summary = summarize(outcomes, self._options.grace_seconds)
+            self._mail_bad(verdict, outcomes, summary or ('nothing restarted' if self._options.names else ''))
 
-    def _restart(self, process: Process) -> Fate:
+    def _restart(self, process: Process) -> Outcome:
         """Restart a process that may be restarted, and return what became of it."""
         if self._request.requested:
-            return Fate(process, Result.LEFT_ALONE, 'left alone: httpok is shutting down')
-        number = len(self._outcomes)
+            return Outcome(process, Result.LEFT_ALONE, 'left alone: httpok is shutting down')
+        number = len(self._reported)
         self._restarter.restart(process, self._dump_core if self._options.core_directory else None)
-        if len(self._outcomes) > number:
-            outcome = self._outcomes[-1]
-            return Fate(process, outcome.result, outcome.text)
+        if len(self._reported) > number:
+            return self._reported[-1]
         # The restarter does not repeat an outcome.
         last = self._last.get(process.namespec)
         if last and last.result is Result.LIMIT_REACHED:
-            return Fate(process, last.result, 'left alone: restart limit reached')
+            return Outcome(process, last.result, 'left alone: restart limit reached')
         if last and last.result is Result.DRY_RUN:
-            return Fate(process, last.result, last.text)
-        return Fate(process, Result.LEFT_ALONE, 'left alone: an earlier restart is not complete')
+            return last._replace(process=process)
+        return Outcome(process, Result.LEFT_ALONE, 'left alone: an earlier restart is not complete')
 
     def _find_watched(self, verdict: Verdict | None = None) -> list[Process]:
         """Return the watched processes. Raises Unknown, and Skipped at a shutdown; without a verdict only Skipped."""
@@ -447,25 +446,25 @@ class Httpok:
 
     def _retry(self) -> bool:
         """Retry the restarts of earlier ticks; return whether a process was started."""
-        self._outcomes = []
+        self._reported = []
         is_restarted = self._restarter.retry()
         self._mail_late()
         return is_restarted
 
     def _mail_late(self) -> None:
-        for process, result, text in self._outcomes:
+        for process, result, text in self._reported:
             if result in SUBJECTS and self._outage.note_late(result):
                 subject = SUBJECTS[result].format(process.title)
                 self._mail(f'{self._options.check.url}: {subject}', [f'{describe_process(process)}: {text}'])
 
     def _note_outcome(self, outcome: Outcome) -> None:
         self._log(outcome.text)
-        self._outcomes.append(outcome)
+        self._reported.append(outcome)
         self._last[outcome.process.namespec] = outcome
 
-    def _mail_bad(self, verdict: Verdict, fates: Sequence[Fate], summary: str) -> None:
+    def _mail_bad(self, verdict: Verdict, outcomes: Sequence[Outcome], summary: str) -> None:
         """Send mail about a failed check; summary is the outcome in a few words, or ''."""
-        lines = [*self._lines, *(f'{describe_process(fate.process)}: {fate.text}' for fate in fates)]
+        lines = [*self._lines, *(f'{describe_process(outcome.process)}: {outcome.text}' for outcome in outcomes)]
         seconds = self._outage.seconds(self._failed_at)
         if seconds >= 1:
             restarts = f", {count(self._outage.restarts, 'restart')} so far" if self._options.names else ''
@@ -518,8 +517,8 @@ def describe_watched(process: Process, options: Options, verdict: Verdict | None
     words = describe_process(process)
     if verdict is None or not verdict.text:
         return words
-    fate = leave_alone(process, options.grace_seconds)
-    return f"{words}: {fate.text if fate else 'would be restarted'}"
+    left = leave_alone(process, options.grace_seconds)
+    return f"{words}: {left.text if left else 'would be restarted'}"
 
 
 def run(options: Options) -> int:

@@ -5,10 +5,10 @@ Nothing here calls supervisord, reads a clock or sends mail. Every `now` is in s
 from __future__ import annotations
 
 from enum import Enum
-from typing import Collection, Iterable, NamedTuple, Sequence
+from typing import Collection, Iterable, Sequence
 
 from superlance.options import format_duration, join_names
-from superlance.restart import COUNTED, Result
+from superlance.restart import COUNTED, Outcome, Result
 from superlance.rpc import Process, State
 
 
@@ -28,15 +28,6 @@ KINDS = {
     Result.START_FAILED: Kind.FAILED,
     Result.LIMIT_REACHED: Kind.LIMIT_REACHED,
 }
-
-
-class Fate(NamedTuple):
-    """What became of a watched process, and a line that says so."""
-
-    process: Process
-    result: Result
-    text: str
-    in_grace: bool = False
 
 
 class Outage:
@@ -142,24 +133,23 @@ def are_all_in_grace(processes: Sequence[Process], grace_seconds: float) -> bool
     return bool(up) and all(is_in_grace(process, grace_seconds) for process in up)
 
 
-def leave_alone(process: Process, grace_seconds: float, check_began: float = 0.0) -> Fate | None:
+def leave_alone(process: Process, grace_seconds: float, check_began: float = 0.0) -> Outcome | None:
     """Return why a process must not be restarted, None if it may; check_began is in seconds since the epoch."""
     if is_in_grace(process, grace_seconds):
-        text = f'left alone: grace period of {format_duration(grace_seconds)}'
-        return Fate(process, Result.LEFT_ALONE, text, in_grace=True)
+        return Outcome(process, Result.LEFT_ALONE, f'left alone: grace period of {format_duration(grace_seconds)}')
     if process.state != State.RUNNING:
-        return Fate(process, Result.LEFT_ALONE, 'left alone: not RUNNING')
+        return Outcome(process, Result.LEFT_ALONE, 'left alone: not RUNNING')
     # The start is in whole seconds. If it is in the future, the clock has been set back.
     if check_began and check_began < process.start <= process.now:
-        return Fate(process, Result.LEFT_ALONE, 'left alone: it was started during the check')
+        return Outcome(process, Result.LEFT_ALONE, 'left alone: it was started during the check')
     return None
 
 
-def describe_left_alone(fates: Iterable[Fate]) -> str:
+def describe_left_alone(outcomes: Iterable[Outcome]) -> str:
     """Return which processes are left alone and why, in one line."""
     titles: dict[str, list[str]] = {}
-    for fate in fates:
-        titles.setdefault(fate.text, []).append(fate.process.title)
+    for outcome in outcomes:
+        titles.setdefault(outcome.text, []).append(outcome.process.title)
     return '; '.join(text.replace('left', f'left {join_names(names)}', 1) for text, names in titles.items())
 
 
@@ -171,16 +161,16 @@ def describe_process(process: Process) -> str:
     return f'{process.title} ({state})'
 
 
-def find_kinds(fates: Iterable[Fate]) -> set[Kind]:
+def find_kinds(outcomes: Iterable[Outcome]) -> set[Kind]:
     """Return the kinds of outcome; processes that were left alone count only if nothing else was done."""
-    return {KINDS[fate.result] for fate in fates if fate.result in KINDS} or {Kind.NOTHING}
+    return {KINDS[outcome.result] for outcome in outcomes if outcome.result in KINDS} or {Kind.NOTHING}
 
 
-def count_restarts(fates: Iterable[Fate]) -> int:
-    return sum(fate.result in COUNTED and fate.result is not Result.DRY_RUN for fate in fates)
+def count_restarts(outcomes: Iterable[Outcome]) -> int:
+    return sum(outcome.result in COUNTED and outcome.result is not Result.DRY_RUN for outcome in outcomes)
 
 
-def summarize(fates: Sequence[Fate]) -> str:
+def summarize(outcomes: Sequence[Outcome], grace_seconds: float) -> str:
     """Return the outcome in a few words for the subject of a mail, '' if there is no watched process.
 
     Of the processes that were left alone, those that have reached their limit are named, and the others only if
@@ -196,10 +186,10 @@ def summarize(fates: Sequence[Fate]) -> str:
     }
     found = []
     for result, phrase in phrases.items():
-        titles = [fate.process.title for fate in fates if fate.result is result]
+        titles = [outcome.process.title for outcome in outcomes if outcome.result is result]
         if titles:
             found.append(phrase.format(join_names(titles)))
-    if not found and fates:
-        reason = ': grace period' if any(fate.in_grace for fate in fates) else ''
-        found.append(f'{join_names([fate.process.title for fate in fates])} left alone{reason}')
+    if not found and outcomes:
+        reason = ': grace period' if any(is_in_grace(outcome.process, grace_seconds) for outcome in outcomes) else ''
+        found.append(f'{join_names([outcome.process.title for outcome in outcomes])} left alone{reason}')
     return '; '.join(found)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superlance import outage
-from superlance.outage import Fate, Kind, Outage
-from superlance.restart import Result
+from superlance.outage import Kind, Outage
+from superlance.restart import Outcome, Result
 from superlance.rpc import Process, State
 
 NOTHING, RESTARTED, FAILED, LIMIT = Kind.NOTHING, Kind.RESTARTED, Kind.FAILED, Kind.LIMIT_REACHED
@@ -154,8 +154,8 @@ def make_process(name: str = 'web', state: State = State.RUNNING, uptime: int = 
     return Process(group or name, name, pid, state, state.name, 1000, 1000 + uptime, '')
 
 
-def make_fate(name: str, result: Result) -> Fate:
-    return Fate(make_process(name), result, '')
+def make_outcome(name: str, result: Result) -> Outcome:
+    return Outcome(make_process(name), result, '')
 
 
 @pytest.mark.parametrize(('process', 'expected'), [
@@ -197,9 +197,9 @@ def test_are_all_in_grace(processes: list[Process], expected: bool) -> None:
     (make_process(uptime=-1), 0, 999.5, None),      # the clock was set back since its start
 ])
 def test_leave_alone(process: Process, grace: float, check_began: float, expected: str | None) -> None:
-    fate = outage.leave_alone(process, grace, check_began)
-    assert (fate and fate.text) == expected
-    assert fate is None or (fate.result is Result.LEFT_ALONE and fate.in_grace == ('grace' in fate.text))
+    outcome = outage.leave_alone(process, grace, check_began)
+    assert (outcome and outcome.text) == expected
+    assert outcome is None or outcome.result is Result.LEFT_ALONE
 
 
 @pytest.mark.parametrize(('process', 'expected'), [
@@ -212,13 +212,13 @@ def test_describe_process(process: Process, expected: str) -> None:
 
 
 def test_describe_left_alone() -> None:
-    fates = [Fate(make_process(name), Result.LEFT_ALONE, text) for name, text in (
+    outcomes = [Outcome(make_process(name), Result.LEFT_ALONE, text) for name, text in (
         ('web', 'left alone: A'), ('api', 'left alone: B'), ('db', 'left alone: A'))]
-    assert outage.describe_left_alone(fates) == 'left web, db alone: A; left api alone: B'
+    assert outage.describe_left_alone(outcomes) == 'left web, db alone: A; left api alone: B'
     assert outage.describe_left_alone([]) == ''
 
 
-@pytest.mark.parametrize(('fates', 'summary', 'kinds', 'restarts'), [
+@pytest.mark.parametrize(('outcomes', 'summary', 'kinds', 'restarts'), [
     ([], '', {NOTHING}, 0),
     ([('web', Result.RESTARTED)], 'restarted web', {RESTARTED}, 1),
     ([(name, Result.RESTARTED) for name in 'abc'], 'restarted a, b, c', {RESTARTED}, 3),
@@ -233,14 +233,14 @@ def test_describe_left_alone() -> None:
     ([('web', Result.LIMIT_REACHED), ('api', Result.START_FAILED), ('db', Result.RESTARTED)],
      'restarted db; failed to start api; web left alone', {LIMIT, FAILED, RESTARTED}, 2),
 ])
-def test_the_outcome_in_a_subject(fates: list[tuple[str, Result]], summary: str, kinds: set[Kind],
+def test_the_outcome_in_a_subject(outcomes: list[tuple[str, Result]], summary: str, kinds: set[Kind],
                                   restarts: int) -> None:
-    made = [make_fate(*fate) for fate in fates]
-    assert outage.summarize(made) == summary
+    made = [make_outcome(*outcome) for outcome in outcomes]
+    assert outage.summarize(made, 60) == summary
     assert outage.find_kinds(made) == kinds
     assert outage.count_restarts(made) == restarts
 
 
 def test_the_subject_names_the_grace_period() -> None:
-    fates = [outage.leave_alone(process, 60) for process in (YOUNG, STOPPED)]
-    assert outage.summarize([fate for fate in fates if fate]) == 'web, web left alone: grace period'
+    outcomes = [outage.leave_alone(process, 60) for process in (YOUNG, STOPPED)]
+    assert outage.summarize([outcome for outcome in outcomes if outcome], 60) == 'web, web left alone: grace period'

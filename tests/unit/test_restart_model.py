@@ -286,11 +286,11 @@ class Schedule:
         elif method == 'startProcess':
             self.begin_start(ledger)
         world.sleep(self.rng.random() * 0.02)
-        fate = 'pass'
+        fault = 'pass'
         if self.rng.random() < self.loses:
-            fate = self.rng.choice(('lose call', 'lose answer'))
-        world.log(f'we: {method} {arguments[0]} {fate}')
-        if fate == 'lose call':
+            fault = self.rng.choice(('lose call', 'lose answer'))
+        world.log(f'we: {method} {arguments[0]} {fault}')
+        if fault == 'lose call':
             self.note_lost(ledger, method)
             raise Unknown(f'{method}: lost')
         waited_until = world.now + TIMEOUT_SECONDS
@@ -305,7 +305,7 @@ class Schedule:
             answer = self.world.execute(US, method, *arguments)
         except Refused as why:
             world.log(f'  {why}')
-            if fate == 'pass':
+            if fault == 'pass':
                 ledger.looked_at = world.now
                 raise
             raise Unknown(f'{method}: lost') from None
@@ -313,7 +313,7 @@ class Schedule:
         if method == 'startProcess' and ledger.incident:
             ledger.incident.is_start_accepted = True
         answer = world.wait_for_answer(answer, waited_until - world.now)
-        if answer is NOT_DONE_YET or fate == 'lose answer':
+        if answer is NOT_DONE_YET or fault == 'lose answer':
             raise Unknown(f'{method}: lost')
         ledger.looked_at = looked_at if method == 'getProcessInfo' else world.now
         if method == 'getProcessInfo' and answer['state'] in DOWN and ledger.incident:
