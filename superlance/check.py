@@ -9,14 +9,13 @@ import threading
 from typing import Any, NamedTuple, Sequence
 
 from superlance import __version__
-from superlance.command import Deadline
+from superlance.command import Deadline, SecondsLeft
 from superlance.fetch import (
     LONGEST_WAIT_SECONDS,
     FetchFailed,
     Request,
     Response,
     Search,
-    SecondsLeft,
     Target,
     TimedOut,
     describe_failure,

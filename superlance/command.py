@@ -20,6 +20,8 @@ READ_BYTES = 65536  # the capacity of a pipe
 POLL_SECONDS = 0.1
 KILL_SECONDS = 1
 
+SecondsLeft = Callable[[], float]     # until a deadline, 0 or less after it
+
 
 class CommandFailed(Exception):
     """A command failed or could not be started; the message is one line with its status and output."""
@@ -36,7 +38,7 @@ class Deadline:
         return self._end - time.monotonic()
 
 
-def run_command(command: str | Sequence[str], seconds_left: Callable[[], float], message: bytes = b'',
+def run_command(command: str | Sequence[str], seconds_left: SecondsLeft, message: bytes = b'',
                 environment: dict[str, str] | None = None, interrupt: ExitRequest | None = None,
                 shown: str = '') -> bytes:
     """Run a command and return its output, stdout and stderr together.
@@ -76,6 +78,24 @@ def run_command(command: str | Sequence[str], seconds_left: Callable[[], float],
     return bytes(output)
 
 
+def run_ps(columns: Sequence[str], seconds: float, interrupt: ExitRequest | None = None) -> str:
+    """Return these columns of all processes, without a header; run_command raises CommandFailed.
+
+    With an -o option for each: on the BSDs, the header after `pid=` extends to the end of the argument.
+    """
+    options = [word for column in columns for word in ('-o', f'{column}=')]
+    output = run_command(['ps', '-A', *options], Deadline(seconds).seconds_left,
+                         environment=dict(os.environ, LC_ALL='C'), interrupt=interrupt)
+    return output.decode('ascii', 'replace')
+
+
+def is_command(word: str) -> bool:
+    """Return whether a word is the path of an executable file, or the name of one in PATH."""
+    folders = [''] if '/' in word else os.get_exec_path()
+    paths = [os.path.join(folder, word) for folder in folders]
+    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
+
+
 def decode_end(output: bytes) -> str:
     """Return the end of a command's output, as much as belongs in a log or a mail."""
     return output[-QUOTED_BYTES:].decode('utf-8', 'replace')
@@ -85,7 +105,7 @@ def _encode(text: str) -> bytes:
     return text.encode('utf-8', 'surrogateescape')
 
 
-def _communicate(process: Popen[bytes], message: bytes, seconds_left: Callable[[], float],
+def _communicate(process: Popen[bytes], message: bytes, seconds_left: SecondsLeft,
                  interrupt: ExitRequest | None, output: bytearray) -> str:
     """Write message and add to output until the process has exited; return why it must be killed, or ''.
 

@@ -77,7 +77,7 @@ from superlance.options import (
     run_script,
 )
 from superlance.outbox import Outbox
-from superlance.rpc import Refused, Supervisor, Unknown, find_supervisor
+from superlance.rpc import Refused, Supervisor, Unknown, find_supervisor, make_title
 from superlance.startcheck import StartCheck, Wants, check_once
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Crash(NamedTuple):
     @property
     def title(self) -> str:
         """The name that supervisorctl shows to people."""
-        return self.program if self.group == self.program else f'{self.group}:{self.program}'
+        return make_title(self.group, self.program)
 
     @property
     def subject(self) -> str:

@@ -10,9 +10,10 @@ import io
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Sequence
 
 from superlance import __version__
+from superlance.command import SecondsLeft
 from superlance.listener import one_line
 from superlance.options import without_password
 from superlance.rpc import Unknown
@@ -20,8 +21,6 @@ from superlance.rpc import Unknown
 if TYPE_CHECKING:
     import ssl
     from http.client import HTTPMessage, HTTPResponse
-
-SecondsLeft = Callable[[], float]
 
 RETRY_REFUSED_SECONDS = 1
 BODY_LIMIT_BYTES = 1024 * 1024

@@ -120,7 +120,7 @@ from superlance.outage import (
 )
 from superlance.outbox import Outbox
 from superlance.restart import SUBJECTS, Outcome, Restarter, Result
-from superlance.rpc import Process, Refused, State, Supervisor, Unknown, find_supervisor
+from superlance.rpc import Process, Refused, State, Supervisor, Unknown, find_supervisor, is_shutting_down
 from superlance.startcheck import StartCheck, Wants, check_once, find_watched
 
 GCORE = '/usr/bin/gcore -o'
@@ -398,32 +398,27 @@ class Httpok:
         """Return the watched processes. Raises Unknown, and Skipped at a shutdown; without a verdict only Skipped."""
         try:
             return find_watched(self._supervisor.get_processes(), self._options.names, self._own_group)
-        except Refused as why:
-            if why.fault == 'SHUTDOWN_STATE':
-                raise self._make_shutdown(verdict) from why
-            reason = str(why)
-        except Unknown as why:
-            reason = str(why)
-        if verdict is None:
-            raise Skipped(f'{self._options.check.url}: not checked: {reason}')
-        raise Unknown(reason)
+        except (Refused, Unknown) as why:
+            if is_shutting_down(why):
+                raise self._make_skipped(verdict) from why
+            if verdict is None:
+                raise Skipped(f'{self._options.check.url}: not checked: {why}') from why
+            raise Unknown(str(why)) from why
 
     def _refuse_at_shutdown(self, verdict: Verdict) -> None:
         """Raise Skipped if supervisord is shutting down: it then answers every call with SHUTDOWN_STATE."""
         try:
             self._supervisor.call_in_helper([('getState',)], STATE_SECONDS, self._request)
-        except Refused as why:
-            if why.fault == 'SHUTDOWN_STATE':
-                raise self._make_shutdown(verdict) from why
-        except Unknown:
-            pass
+        except (Refused, Unknown) as why:
+            if is_shutting_down(why):
+                raise self._make_skipped(verdict) from why
         self._refuse_at_exit(verdict)
 
     def _refuse_at_exit(self, verdict: Verdict) -> None:
         if self._request.requested:
             raise Skipped(f'{self._options.check.url}: {verdict.text} (ignored: httpok is shutting down)')
 
-    def _make_shutdown(self, verdict: Verdict | None) -> Skipped:
+    def _make_skipped(self, verdict: Verdict | None) -> Skipped:
         words = verdict.text if verdict else 'not checked'
         return Skipped(f'{self._options.check.url}: {words} (ignored: supervisord is shutting down or reloading)')
 

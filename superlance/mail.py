@@ -10,9 +10,9 @@ import re
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from superlance.command import CommandFailed, Deadline, decode_end, run_command
+from superlance.command import CommandFailed, Deadline, SecondsLeft, decode_end, is_command, run_command
 from superlance.listener import one_line
-from superlance.notice import Notice, SecondsLeft, SendFailed, find_domain, hide, make_body, make_origin
+from superlance.notice import Notice, SendFailed, find_domain, hide, make_body, make_origin
 from superlance.options import Given, Option, UsageError, parse_address, parse_addresses
 
 if TYPE_CHECKING:
@@ -183,17 +183,17 @@ def _describe_mail(settings: Settings) -> str:
 def find_command_problem(settings: Settings) -> str:
     """Return a complaint if the first word of the mail command is a path or name that does not exist, otherwise ''."""
     word = settings.sendmail.split()[0] if settings.sendmail.strip() else ''
-    if not settings.sends_mail or settings.smtp or not re.fullmatch(r'[\w./+-]+', word) or _exists(word):
+    if not settings.sends_mail or settings.smtp or not re.fullmatch(r'[\w./+-]+', word) or _is_shell_command(word):
         return ''
     if settings.sendmail == SENDMAIL:
         return f'mail command {word} not found: install a mail server such as Postfix, or use --smtp or -s'
     return 'the -s command was not found or is not executable'
 
 
-def _exists(word: str) -> bool:
-    if '/' in word:
-        return os.path.isfile(word) and os.access(word, os.X_OK)
-    try:    # it may also be built into the shell
+def _is_shell_command(word: str) -> bool:
+    if '/' in word or is_command(word):
+        return is_command(word)
+    try:    # it may be built into the shell
         run_command(['/bin/sh', '-c', f'command -v {word}'], Deadline(FIND_COMMAND_SECONDS).seconds_left)
     except CommandFailed:
         return False

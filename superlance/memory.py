@@ -4,11 +4,10 @@ from __future__ import annotations
 import os
 from typing import Mapping, NamedTuple
 
-from superlance.command import CommandFailed, Deadline, run_command
+from superlance.command import CommandFailed, run_ps
 from superlance.listener import ExitRequest, Log, exit_request
 from superlance.rpc import Unknown
 
-PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
 PS_SECONDS = 10
 
 
@@ -34,14 +33,12 @@ def parse_ps(output: str) -> dict[int, ProcessMemory]:
     return memory
 
 
-def run_ps(seconds: float, interrupt: ExitRequest) -> dict[int, ProcessMemory]:
-    """Run ps, with three -o options: on the BSDs, the header after `pid=` extends to the end of the argument."""
+def read_ps(seconds: float, interrupt: ExitRequest) -> dict[int, ProcessMemory]:
+    """Run ps, for so many seconds at most. Raises Unknown."""
     try:
-        output = run_command(PS, Deadline(seconds).seconds_left, environment=dict(os.environ, LC_ALL='C'),
-                             interrupt=interrupt)
+        return parse_ps(run_ps(('pid', 'ppid', 'rss'), seconds, interrupt))
     except CommandFailed as why:
         raise Unknown(str(why)) from why
-    return parse_ps(output.decode('ascii', 'replace'))
 
 
 def read_proc() -> dict[int, ProcessMemory]:
@@ -77,7 +74,7 @@ class MemoryReader:
         if self._use_proc:
             return read_proc()
         try:
-            return run_ps(seconds, self._interrupt)
+            return read_ps(seconds, self._interrupt)
         except Unknown as why:
             if self._interrupt.requested or not os.path.exists('/proc/self/stat'):
                 raise

@@ -2,12 +2,10 @@
 from __future__ import annotations
 
 import re
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 
 from superlance.listener import one_line, printable
 from superlance.options import DOMAIN
-
-SecondsLeft = Callable[[], float]
 
 HIDDEN_WORD_LENGTH = 6          # shorter words of a secret also occur in ordinary messages
 

@@ -12,9 +12,10 @@ from collections import deque
 from functools import partial
 from typing import Callable
 
+from superlance.command import SecondsLeft
 from superlance.listener import Log
 from superlance.mail import Settings, send_mail, send_webhook
-from superlance.notice import Notice, SecondsLeft, SendFailed
+from superlance.notice import Notice, SendFailed
 from superlance.options import format_duration
 
 FIRST_RETRY_SECONDS = 10

@@ -9,7 +9,7 @@ from enum import Enum
 from glob import glob
 from typing import Callable, NamedTuple
 
-from superlance.command import CommandFailed, Deadline, run_command
+from superlance.command import CommandFailed, run_ps
 from superlance.listener import Event, ExitRequest, exit_request, parse_tokens
 from superlance.options import Rate, format_duration
 from superlance.rpc import Process, Refused, State, Supervisor, Unknown
@@ -27,7 +27,6 @@ ACCEPTED, LOST, SPAWN_ERROR = 'ACCEPTED', 'LOST', 'SPAWN_ERROR'
 FINAL_FAULTS = ('BAD_NAME', 'SHUTDOWN_STATE')
 # Child processes that are still there after this time outlived the stop.
 SURVIVE_SECONDS = 2
-PS = ('ps', '-A', '-o', 'pid=', '-o', 'pgid=', '-o', 'stat=')
 PS_SECONDS = 10
 NO_RETRY = 'no further retry, because the listener is shutting down'
 
@@ -432,18 +431,18 @@ def find_group_members(group_id: int) -> set[int]:
     except ProcessLookupError:
         return set()
     try:
-        output = run_command(PS, Deadline(PS_SECONDS).seconds_left, environment=dict(os.environ, LC_ALL='C'))
+        output = run_ps(('pid', 'pgid', 'stat'), PS_SECONDS)
     except CommandFailed:
         output = _read_proc()
-    rows = [line.split() for line in output.decode('ascii', 'replace').splitlines()]
+    rows = [line.split() for line in output.splitlines()]
     return {int(row[0]) for row in rows if len(row) == 3 and row[1] == str(group_id) and not row[2].startswith('Z')}
 
 
-def _read_proc() -> bytes:
-    """Return what ps prints, from the 3rd and 5th field of Linux's /proc/*/stat (proc(5)); b'' if there is none."""
+def _read_proc() -> str:
+    """Return what ps prints, from the 3rd and 5th field of Linux's /proc/*/stat (proc(5)); '' if there is none."""
     lines = []
     for path in glob('/proc/[0-9]*/stat'):
         with suppress(OSError), open(path, 'rb') as file:   # it has exited
-            state, _, group_id = file.read().rpartition(b')')[2].split()[:3]
-            lines.append(b' '.join((path.split('/')[2].encode(), group_id, state)))
-    return b'\n'.join(lines)
+            state, _, group_id = file.read().decode('ascii', 'replace').rpartition(')')[2].split()[:3]
+            lines.append(f"{path.split('/')[2]} {group_id} {state}")
+    return '\n'.join(lines)

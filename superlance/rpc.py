@@ -52,6 +52,16 @@ class Refused(Exception):
         self.fault = fault
 
 
+def is_shutting_down(why: Exception) -> bool:
+    """Return whether a call failed because supervisord is shutting down or reloading: it then refuses every call."""
+    return isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE'
+
+
+def make_title(group: str, program: str) -> str:
+    """Return the name of a process that supervisorctl shows to people."""
+    return program if group == program else f'{group}:{program}'
+
+
 class Process(NamedTuple):
     """A process as supervisord describes it; times are supervisord's, in whole seconds since the epoch."""
 
@@ -72,7 +82,7 @@ class Process(NamedTuple):
     @property
     def title(self) -> str:
         """The name that supervisorctl shows to people."""
-        return self.program if self.group == self.program else self.namespec
+        return make_title(self.group, self.program)
 
     @property
     def uptime_seconds(self) -> int:

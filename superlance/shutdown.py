@@ -4,7 +4,7 @@ from __future__ import annotations
 import threading
 
 from superlance.listener import Log
-from superlance.rpc import Refused, Supervisor, Unknown
+from superlance.rpc import Refused, Supervisor, Unknown, is_shutting_down
 
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
@@ -46,7 +46,7 @@ class Shutdown:
         try:
             self._supervisor.call('shutdown')
         except (Unknown, Refused) as why:
-            if isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE':
+            if is_shutting_down(why):
                 self.accepted = True
                 self._log('supervisord is already shutting down')
                 return

@@ -10,10 +10,10 @@ from contextlib import suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from superlance.command import Deadline
+from superlance.command import Deadline, SecondsLeft
 from superlance.fetch import BoundedSocket, FetchFailed, Request, Target, connect, limit_wait
 from superlance.listener import one_line
-from superlance.notice import SecondsLeft, SendFailed, find_domain, hide
+from superlance.notice import SendFailed, find_domain, hide
 from superlance.rpc import Unknown
 
 if TYPE_CHECKING:

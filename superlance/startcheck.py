@@ -10,9 +10,20 @@ import stat
 import time
 from typing import Any, Callable, Container, Iterable, Mapping, NamedTuple, Sequence
 
+from superlance.command import is_command
 from superlance.listener import ExitRequest, Log, exit_request
 from superlance.options import Name, join_names
-from superlance.rpc import Process, Refused, Supervisor, Unknown, find_unmatched, make_process, resolve_names
+from superlance.rpc import (
+    Process,
+    Refused,
+    Supervisor,
+    Unknown,
+    find_unmatched,
+    is_shutting_down,
+    make_process,
+    make_title,
+    resolve_names,
+)
 
 CHECK_SECONDS = 5
 FIRST_RETRY_SECONDS = 60
@@ -84,13 +95,6 @@ def check_core_directory(path: str) -> str | None:
     return None
 
 
-def is_command(word: str) -> bool:
-    """Return whether a word is the path of an executable file, or the name of one in PATH."""
-    folders = [''] if '/' in word else os.get_exec_path()
-    paths = [os.path.join(folder, word) for folder in folders]
-    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
-
-
 # What supervisord knows. A process of the listener's own group is never watched.
 
 def find_config_problems(program: str, wants: Wants, configs: Sequence[Config], own: tuple[str, str]) -> list[Problem]:
@@ -128,7 +132,7 @@ def check_stop_time(program: str, watched: Iterable[Config], configs: Iterable[C
     own_seconds, seconds = int(own_config.get('stopwaitsecs', 0)), int(slowest.get('stopwaitsecs', 0))
     if own_seconds >= seconds:
         return []
-    title = make_title(slowest)
+    title = make_title(slowest['group'], slowest['name'])
     return [f'stopwaitsecs={own_seconds} of {program} is shorter than stopwaitsecs={seconds} of {title}: '
             f'if {program} is stopped while it restarts {title}, {title} may stay down; '
             f'set stopwaitsecs={seconds + RESTART_SECONDS} in [eventlistener:{own[0]}]']
@@ -141,7 +145,7 @@ def check_logs(watched: Iterable[Config]) -> list[str]:
         for stream in ('stdout', 'stderr'):
             reason = find_log_problem(config, stream)
             if reason:
-                titles.setdefault((stream, reason), []).append(make_title(config))
+                titles.setdefault((stream, reason), []).append(make_title(config['group'], config['name']))
     return [f'unable to read the {stream} log of {join_names(names)} for --tail: {reason}'
             for (stream, reason), names in titles.items()]
 
@@ -160,12 +164,6 @@ def find_log_problem(config: Config, stream: str) -> str:
         is_file = True  # it may be created later, or the listener is not allowed to see it
     # /dev/stdout of the listener is not that of supervisord.
     return '' if is_file and not path.startswith(('/dev/', '/proc/')) else f'it goes to {path}'
-
-
-def make_title(config: Config) -> str:
-    """Return the name that supervisorctl shows to people."""
-    group, program = config['group'], config['name']
-    return str(program) if group == program else f'{group}:{program}'
 
 
 def find_hidden(processes: Iterable[Process], readable_pids: Container[int]) -> list[Process]:
@@ -265,8 +263,7 @@ class StartCheck:
                 answers = self._supervisor.call_in_helper(calls, CHECK_SECONDS, self._interrupt)
                 self._check(dict(zip(calls, answers)), deadline)
         except (Unknown, Refused) as why:
-            shuts_down = isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE'
-            if not shuts_down and not self._interrupt.requested:
+            if not (is_shutting_down(why) or self._interrupt.requested):
                 self._report([Problem(str(why))])
             self._retry_seconds = self._retry_seconds or FIRST_RETRY_SECONDS
         self._next_try = self._clock() + self._retry_seconds

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Sequence
 
 from superlance.options import count
-from superlance.rpc import Refused, Unknown, make_process
+from superlance.rpc import Refused, Unknown, is_shutting_down, make_process
 
 if TYPE_CHECKING:
     from superlance.crashlog import Calls, Processes
@@ -46,8 +46,7 @@ class Excerpt:
         self.trouble = ''       # why a log could not be read
 
     def add_trouble(self, why: Unknown | Refused) -> None:
-        shuts_down = isinstance(why, Refused) and why.fault == 'SHUTDOWN_STATE'
-        self.trouble = self.trouble or ('it is shutting down' if shuts_down else str(why))
+        self.trouble = self.trouble or ('it is shutting down' if is_shutting_down(why) else str(why))
 
 
 class ProcessLogs:

@@ -16,10 +16,10 @@ import json
 import re
 import time
 
-from superlance.command import Deadline
+from superlance.command import Deadline, SecondsLeft
 from superlance.fetch import FetchFailed, Request, Target, fetch, make_tls_context
 from superlance.listener import one_line
-from superlance.notice import Notice, SecondsLeft, SendFailed, hide, make_body, make_origin
+from superlance.notice import Notice, SendFailed, hide, make_body, make_origin
 from superlance.rpc import Unknown
 
 POST_SECONDS = 30

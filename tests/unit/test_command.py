@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Sequence
 
 import pytest
-from support import TIMEOUT, is_alive, read, wait_for
+from support import TIMEOUT, is_alive, read, wait_for, write_script
 
 from superlance import command as module
-from superlance.command import CommandFailed, Deadline, run_command
+from superlance.command import CommandFailed, Deadline, is_command, run_command
 from superlance.listener import ExitRequest
 
 
@@ -181,3 +181,13 @@ def test_deadline_counts_down() -> None:
     assert 0 < deadline.seconds_left() <= 0.01
     time.sleep(0.011)
     assert deadline.seconds_left() < 0
+
+
+def test_command_is_an_executable_file_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_script(tmp_path / 'tool', 'true\n')
+    (tmp_path / 'text').touch()
+    (tmp_path / 'folder').mkdir()
+    monkeypatch.setenv('PATH', f'/nonexistent:{tmp_path}')
+    found = {word: is_command(word) for word in (
+        'tool', 'text', 'folder', 'none', str(tmp_path / 'tool'), str(tmp_path / 'text'), str(tmp_path / 'none'), '')}
+    assert [word for word, is_found in found.items() if is_found] == ['tool', str(tmp_path / 'tool')]

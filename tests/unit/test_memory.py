@@ -14,7 +14,7 @@ from hypothesis import given
 from support import PYTHON, read, wait_for, write_script
 
 from superlance.listener import ExitRequest, make_log
-from superlance.memory import MemoryReader, ProcessMemory, measure, parse_ps, read_proc, run_ps, sum_descendants
+from superlance.memory import MemoryReader, ProcessMemory, measure, parse_ps, read_proc, read_ps, sum_descendants
 from superlance.rpc import Unknown
 
 KB, MB = 1024, 1024 ** 2
@@ -72,7 +72,7 @@ def big_child(tmp_path: Path) -> Iterator[int]:
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='there is no /proc')
 def test_proc_and_ps_agree(big_child: int) -> None:
-    by_ps, by_proc = run_ps(10, ExitRequest()), read_proc()
+    by_ps, by_proc = read_ps(10, ExitRequest()), read_proc()
     assert by_proc[big_child].parent_pid == by_ps[big_child].parent_pid == os.getpid()
     assert 80 * MB < by_proc[big_child].rss_bytes < 160 * MB
     assert by_proc[big_child].rss_bytes == pytest.approx(by_ps[big_child].rss_bytes, rel=0.05)
@@ -110,7 +110,7 @@ def hanging_ps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_ps_that_hangs_is_unknown(hanging_ps: Path) -> None:
     with pytest.raises(Unknown, match=r'ps -A .*: '):
-        run_ps(0.2, ExitRequest())
+        read_ps(0.2, ExitRequest())
 
 
 def test_signal_interrupts_ps_and_proc_is_not_read_instead(

@@ -18,8 +18,9 @@ from support import TIMEOUT, read, wait_for, write_script
 from web import hang
 
 from superlance import mail, outbox
+from superlance.command import SecondsLeft
 from superlance.listener import ExitRequest
-from superlance.notice import Notice, SecondsLeft, SendFailed
+from superlance.notice import Notice, SendFailed
 from superlance.outbox import Outbox, Queue, Schedule
 
 TO = ('bob@example.com',)

@@ -645,9 +645,10 @@ def start_group(script: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.fixture(params=['ps', 'proc'])
-def _ps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _ps(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == 'proc':
-        monkeypatch.setattr(restart, 'PS', ('/nonexistent/ps',))
+        write_script(tmp_path / 'ps', 'exit 1\n')
+        monkeypatch.setenv('PATH', f"{tmp_path}:{os.environ['PATH']}")
 
 
 @pytest.mark.usefixtures('_ps')
@@ -687,9 +688,9 @@ def test_group_of_another_user_is_found_in_the_process_list(monkeypatch: pytest.
 
 def test_output_of_ps_that_is_not_a_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with start_group('exec sleep 1000') as leader:
-        ps = write_script(tmp_path / 'ps', f'echo warning; printf "\\377 1 2 3\\n"; echo 5 {leader.pid} S; '
-                                           f'echo 6 {leader.pid} Z+; echo 7 1 S\n')
-        monkeypatch.setattr(restart, 'PS', (str(ps),))
+        write_script(tmp_path / 'ps', f'echo warning; printf "\\377 1 2 3\\n"; echo 5 {leader.pid} S; '
+                                      f'echo 6 {leader.pid} Z+; echo 7 1 S\n')
+        monkeypatch.setenv('PATH', f"{tmp_path}:{os.environ['PATH']}")
         assert find_group_members(leader.pid) == {5}
         leader.kill()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Callable, Container, Sequence
 
 import pytest
-from support import write_script
 
 from superlance.listener import ExitRequest
 from superlance.options import EVERY, Name, parse_name
@@ -28,7 +27,6 @@ from superlance.startcheck import (
     find_log_problem,
     find_own,
     find_watched,
-    is_command,
 )
 
 NO_PID = 2 ** 30    # above any kernel's limit
@@ -83,16 +81,6 @@ def test_core_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is not writable by uid ')
     wants = Wants(core_directory=str(file))
     assert find_local_problems(wants) == [Problem(f'core directory {file} is not a directory')]
-
-
-def test_command_is_an_executable_file_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_script(tmp_path / 'tool', 'true\n')
-    (tmp_path / 'text').touch()
-    (tmp_path / 'folder').mkdir()
-    monkeypatch.setenv('PATH', f'/nonexistent:{tmp_path}')
-    found = {word: is_command(word) for word in (
-        'tool', 'text', 'folder', 'none', str(tmp_path / 'tool'), str(tmp_path / 'text'), str(tmp_path / 'none'), '')}
-    assert [word for word, is_found in found.items() if is_found] == ['tool', str(tmp_path / 'tool')]
 
 
 def test_core_dump_command(monkeypatch: pytest.MonkeyPatch) -> None:
