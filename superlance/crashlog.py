@@ -86,25 +86,25 @@ def count_others(entries: Sequence[Entry], pid: str) -> int | None:
     return None if start is None else sum(1 if entry.pid else -1 for entry in entries[:start])
 
 
-def find_reason(entries: Sequence[Entry], pid: str, alone: bool) -> str:
+def find_reason(entries: Sequence[Entry], pid: str, is_unique: bool) -> str:
     """Return why the process with this pid exited unexpectedly, '' if that is not certain.
 
-    alone: no other process of that name can have exited since the start of this one. The exit must be in the log.
+    is_unique: no other process of that name can have exited since the start of this one. The exit must be in the log.
     """
     start = find_start(entries, pid)
     if start is not None:
-        own = find_own_exit(entries, pid) if alone else None
+        own = find_own_exit(entries, pid) if is_unique else None
         return _find_agreed(entries[start:]) if own is None else own
     # It was started before the log begins, or starts are not logged (loglevel=warn). Exits after another start may be
     # those of another process.
     until_start = takewhile(lambda entry: not entry.pid, entries)
-    return _find_agreed(entries) if alone and any(entry.unexpected for entry in until_start) else ''
+    return _find_agreed(entries) if is_unique and any(entry.unexpected for entry in until_start) else ''
 
 
-def find_last_reason(entries: Sequence[Entry], alone: bool) -> str:
+def find_last_reason(entries: Sequence[Entry], is_unique: bool) -> str:
     """Return the reason of the last unexpected exit, '' if it may be that of another process of that name."""
     unexpected = [entry for entry in entries if entry.unexpected]
-    return _find_agreed(unexpected[-1:] if alone else unexpected)
+    return _find_agreed(unexpected[-1:] if is_unique else unexpected)
 
 
 def _find_agreed(entries: Iterable[Entry]) -> str:
@@ -257,16 +257,16 @@ class ExitReasons:
         entries = read_entries(self._text, program)
         if find_start(entries, pid) is None and not self._goes_back():
             return ''
-        alone = self._is_alone(group, program, pid)
-        reason = find_reason(entries, pid, alone)
-        if not (reason or alone) and self._is_only_candidate(entries, group, program, pid):
+        is_unique = self._is_unique(group, program, pid)
+        reason = find_reason(entries, pid, is_unique)
+        if not (reason or is_unique) and self._is_only_candidate(entries, group, program, pid):
             reason = find_reason(entries, pid, True)
         return reason
 
     def _find_own_exit(self, group: str, program: str, pid: str) -> str | None:
         """Return why a process exited if that is certain whatever has been logged since; None if it is not."""
         own = find_own_exit(read_entries(self._text, program), pid)
-        return None if own is None or not self._is_alone(group, program, pid) else own
+        return None if own is None or not self._is_unique(group, program, pid) else own
 
     def _goes_back(self) -> bool:
         """Return whether what was read of the log has all exits since `since`: it may have been rotated meanwhile."""
@@ -279,7 +279,7 @@ class ExitReasons:
         since_start = cut_at_start(self._text, self._supervisord_pid)
         return None if since_start is None else count_others(read_entries(since_start, program), pid)
 
-    def _is_alone(self, group: str, program: str, pid: str) -> bool:
+    def _is_unique(self, group: str, program: str, pid: str) -> bool:
         """Return whether no other process of that name ran when this one was started."""
         # If it ran alone, the first crash of a storm does not need the list of processes.
         others = self._count_others(program, pid)
@@ -317,8 +317,8 @@ class ExitReasons:
     def _find_last(self, group: str, program: str) -> str:
         self._processes.refresh(self._clock() - PROCESSES_SECONDS)
         self._read()
-        alone = not self._processes.find_namesakes(group, program)
-        return find_last_reason(read_entries(self._text, program), alone)
+        is_unique = not self._processes.find_namesakes(group, program)
+        return find_last_reason(read_entries(self._text, program), is_unique)
 
     def _read(self) -> None:
         """Read the end of supervisord's log. Raises Unknown and Refused."""
@@ -335,14 +335,14 @@ class ExitReasons:
         raise failures[0]
 
 
-class Findings(NamedTuple):
+class Details(NamedTuple):
     """What was found out about a crash; texts for a mail, '' if nothing is known."""
 
     reason: str
     logs: str
 
 
-class Investigator:
+class DetailsReader:
     """Finds out all about a crash, before the event is acknowledged; takes a few ms, and 2 s at most."""
 
     def __init__(self, environment: Mapping[str, str], tail_lines: int | None, log: Log,
@@ -361,7 +361,7 @@ class Investigator:
         if self._logs:
             self._processes.learn(seconds, interrupt)
 
-    def investigate(self, group: str, program: str, pid: str, with_logs: bool, since: float | None = None) -> Findings:
+    def read(self, group: str, program: str, pid: str, with_logs: bool, since: float | None = None) -> Details:
         """Return what can be found out; pid is '' if supervisord gave up starting the process.
 
         since: the process exited after this, in epoch seconds. It is the same for all events that may have waited
@@ -371,4 +371,4 @@ class Investigator:
         # The logs first: the process is being restarted.
         logs = self._logs.read(f'{group}:{program}', pid) if self._logs and with_logs else ''
         reason = self._reasons.find(group, program, pid, since) if pid else self._reasons.find_fatal(group, program)
-        return Findings(reason, logs)
+        return Details(reason, logs)

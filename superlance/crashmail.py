@@ -81,7 +81,7 @@ from superlance.rpc import Refused, Supervisor, Unknown, find_supervisor, make_t
 from superlance.startcheck import StartCheck, Wants, check_once
 
 if TYPE_CHECKING:
-    from superlance.crashlog import Investigator
+    from superlance.crashlog import DetailsReader
     from superlance.shutdown import Shutdown
 
 EXITED = 'PROCESS_STATE_EXITED'
@@ -144,7 +144,7 @@ def build_options(given: Given, arguments: list[str]) -> Options:
         warnings=tuple(given.warnings))
 
 
-def describe(options: Options) -> str:
+def describe_options(options: Options) -> str:
     """Return what a crashmail with these options does, in one line."""
     names = 'every process' if options.names == (EVERY,) else ', '.join(map(str, options.names))
     what = f'reports crashes of {names}'
@@ -157,7 +157,7 @@ def describe(options: Options) -> str:
     return f'crashmail {__version__}: {what}; {mail.describe(options.mail)}'
 
 
-def make_wants(options: Options) -> Wants:
+def describe_wants(options: Options) -> Wants:
     """Return what is to be checked at start."""
     return Wants(names=options.names, tail=bool(options.tail_lines), warnings=options.warnings,
                  find_mail_problem=lambda: mail.find_command_problem(options.mail))
@@ -320,7 +320,7 @@ class Crashmail:
     def __init__(self, options: Options, environment: Mapping[str, str], request: ExitRequest = exit_request) -> None:
         self._options = options
         self._environment = environment
-        self._exit_request = request
+        self._request = request
         self._log = make_log('crashmail')
         self._own_group = environment.get('SUPERVISOR_GROUP_NAME')
         self._outbox = Outbox(options.mail, 'crashmail', self._log)
@@ -330,19 +330,19 @@ class Crashmail:
             from superlance.shutdown import Shutdown
 
             self._shutdown = Shutdown(Supervisor(environment, SHUTDOWN_CALL_SECONDS), self._log)
-        self._start_check = StartCheck('crashmail', make_wants(options), environment, self._log, request)
-        self._investigator: Investigator | None = None
+        self._start_check = StartCheck('crashmail', describe_wants(options), environment, self._log, request)
+        self._details_reader: DetailsReader | None = None
         self._server = ''
-        self._ready_at = self._since = 0.0      # epoch seconds; `since`: see Investigator.investigate
+        self._ready_at = self._since = 0.0      # epoch seconds; `since`: see DetailsReader.read
 
     def start(self) -> None:
         """Log what this listener does, and what would keep it from doing that."""
-        self._log(describe(self._options))
+        self._log(describe_options(self._options))
         deadline = Deadline(START_SECONDS)
         self._start_check.run()
         # If no time is left, supervisord has not answered.
         if self._options.tail_lines and deadline.seconds_left() > 0:
-            self._get_investigator().prepare(deadline.seconds_left(), self._exit_request)
+            self._get_details_reader().prepare(deadline.seconds_left(), self._request)
         self._ready_at = self._since = time.time()
 
     def handle(self, event: Event) -> None:
@@ -369,7 +369,7 @@ class Crashmail:
 
     def _handle(self, crash: Crash) -> None:
         watched = is_watched(crash, self._options.names) and not (self._shutdown and self._shutdown.accepted)
-        found = self._get_investigator().investigate(crash.group, crash.program, crash.pid, watched, self._since)
+        found = self._get_details_reader().read(crash.group, crash.program, crash.pid, watched, self._since)
         report = Report(crash._replace(reason=found.reason), found.logs)
         self._log(report.crash.text)
         if not watched:
@@ -381,12 +381,12 @@ class Crashmail:
         if self._shutdown and crash.group != self._own_group:
             self._shutdown.request()
 
-    def _get_investigator(self) -> Investigator:
-        if self._investigator is None:
-            from superlance.crashlog import Investigator
+    def _get_details_reader(self) -> DetailsReader:
+        if self._details_reader is None:
+            from superlance.crashlog import DetailsReader
 
-            self._investigator = Investigator(self._environment, self._options.tail_lines, self._log)
-        return self._investigator
+            self._details_reader = DetailsReader(self._environment, self._options.tail_lines, self._log)
+        return self._details_reader
 
     def _send(self, reports: Sequence[Report], omitted: int) -> None:
         subject, body = compose(reports, omitted)
@@ -395,11 +395,11 @@ class Crashmail:
 
 # --once.
 
-def send_test(options: Options, environment: Mapping[str, str]) -> int:
+def run_once(options: Options, environment: Mapping[str, str]) -> int:
     """Print the problems that are found at start, send a test notice and print the result; return the exit status."""
     supervisor = find_supervisor(options.configuration, environment)
-    print(describe(options))
-    problems = check_once('crashmail', make_wants(options), supervisor, environment)
+    print(describe_options(options))
+    problems = check_once('crashmail', describe_wants(options), supervisor, environment)
     for problem in problems:
         print(problem.line)
     server = ''
@@ -415,7 +415,7 @@ def send_test(options: Options, environment: Mapping[str, str]) -> int:
 
 def run(options: Options) -> int:
     if options.once:
-        return send_test(options, os.environ)
+        return run_once(options, os.environ)
     crashmail = Crashmail(options, os.environ)
     return listen('crashmail', crashmail.handle, crashmail.finish, crashmail.start)
 

@@ -132,7 +132,7 @@ def write_files(folder: Path) -> str:
     return listeners
 
 
-class Story:
+class Transcript:
     """Prints what is added to the logs and to the file of mails, and keeps it."""
 
     def __init__(self, folder: Path) -> None:
@@ -175,20 +175,20 @@ class Story:
             self.print(f'{who:<9}  {verdict}', is_bold=True)
 
 
-def watch(supervisord: subprocess.Popen[bytes], story: Story) -> str:
+def watch(supervisord: subprocess.Popen[bytes], transcript: Transcript) -> str:
     """Print what happens until everything is done or cannot be done; return what went wrong, or ''."""
     while True:
         status = supervisord.poll()
-        story.print_news()
-        if not any(map(story.find_missing, TASKS)):
+        transcript.print_news()
+        if not any(map(transcript.find_missing, TASKS)):
             return ''
-        if story.signals:
-            return f'stopped by {signal.Signals(story.signals[0]).name}'
+        if transcript.signals:
+            return f'stopped by {signal.Signals(transcript.signals[0]).name}'
         if status is not None:
             return f'supervisord has exited (status {status})'
-        if 'gave up: ' in story.text:
+        if 'gave up: ' in transcript.text:
             return 'supervisord gave up starting a process'
-        if time.monotonic() > story.started + DEADLINE_SECONDS:
+        if time.monotonic() > transcript.started + DEADLINE_SECONDS:
             return f'not everything was done within {DEADLINE_SECONDS}s'
         time.sleep(0.2)
 
@@ -214,9 +214,9 @@ def run(command_line: tuple[Given, list[str]]) -> int:
         raise UsageError(f'unexpected argument {arguments[0]!r}; the only option is --keep')
     # The path of a unix socket has at most 103 bytes on BSDs, and supervisord first appends its pid.
     folder = Path(tempfile.mkdtemp('', 'superlance-demo-', '/tmp' if len(tempfile.gettempdir()) > 50 else None))
-    story = Story(folder)
+    transcript = Transcript(folder)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda number, _: story.signals.append(number))
+        signal.signal(signum, lambda number, _: transcript.signals.append(number))
     try:
         sections = write_files(folder)
         print(HEADER.format(re.sub('(?m)^(?=.)', '  ', sections), folder), flush=True)
@@ -226,20 +226,20 @@ def run(command_line: tuple[Given, list[str]]) -> int:
             cwd=folder, env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(os.path.abspath, sys.path))},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
-            trouble = watch(supervisord, story)
+            trouble = watch(supervisord, transcript)
             print(f"\n{trouble or 'All three have done their jobs'}; supervisord is shutting down ...\n", flush=True)
-            if not story.signals:
-                story.print_summary()
+            if not transcript.signals:
+                transcript.print_summary()
         finally:
             stop(supervisord, folder)
     finally:
         if 'keep' not in given:
             shutil.rmtree(folder, ignore_errors=True)
-    print(f'\nAll processes have exited, after {time.monotonic() - story.started:.0f}s.')
+    print(f'\nAll processes have exited, after {time.monotonic() - transcript.started:.0f}s.')
     if 'keep' in given:
         command = [sys.executable, '-m', 'supervisor.supervisord', '-n']
         print(f'To run it again: cd {shlex.quote(str(folder))} &&', *map(shlex.quote, command))
-    return 128 + story.signals[0] if story.signals else 1 if trouble else 0
+    return 128 + transcript.signals[0] if transcript.signals else 1 if trouble else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from superlance.rpc import Process, Refused, State, Supervisor, Unknown
 # How long a process is followed within one tick: while it is STARTING or STOPPING, and while it is in BACKOFF.
 FOLLOW_SECONDS = 60
 BACKOFF_SECONDS = 10
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 MAX_LOST_CALLS = 3
 # When a failed start is repeated: at once, at the next tick, and then after these times.
 RETRY_SECONDS = (0, 0, 60, 120, 240, 480, 600)
@@ -73,7 +73,7 @@ def make_outcome(process: Process, result: Result, reason: str = '') -> Outcome:
 class Step(Enum):
     """What to do next about a process that was stopped here."""
 
-    LOOK = 'look'
+    QUERY = 'query'
     START = 'start'
     WAIT = 'wait'
     DONE = 'done'           # it runs, or has run
@@ -184,7 +184,7 @@ class Restarter:
         """Start again what was left down, and return whether a process runs again; new outcomes are reported."""
         is_restarted = False
         for stopped in list(self._stopped.values()):
-            outcome = self._bring_back(stopped)
+            outcome = self._retry_start(stopped)
             if outcome and outcome.result is Result.RESTARTED:
                 is_restarted = True
                 self._last_end = self._wall_clock()
@@ -258,7 +258,7 @@ class Restarter:
         except Unknown as why:
             stopped.trouble = str(why)
         self._stopped[checked.namespec] = stopped
-        outcome = self._follow(stopped, Step.START if stopped.is_stopped else Step.LOOK)
+        outcome = self._follow(stopped, Step.START if stopped.is_stopped else Step.QUERY)
         self._note(stopped, outcome)
         return self._add_survivors(stopped, outcome)
 
@@ -284,7 +284,7 @@ class Restarter:
 
     # The start.
 
-    def _bring_back(self, stopped: StoppedProcess) -> Outcome | None:
+    def _retry_start(self, stopped: StoppedProcess) -> Outcome | None:
         """Query a process that was left down at an earlier tick, and start it if a retry is due.
 
         Return its outcome, None if there is no new one.
@@ -295,14 +295,14 @@ class Restarter:
         except Refused as why:
             return self._note_trouble(stopped, why)
         except Unknown:
-            step = Step.LOOK
-        if step in (Step.LOOK, Step.WAIT):
-            return self._follow(stopped, Step.LOOK) if self._is_finishing else None
+            step = Step.QUERY
+        if step in (Step.QUERY, Step.WAIT):
+            return self._follow(stopped, Step.QUERY) if self._is_finishing else None
         if step is Step.UNTOUCHED:
             self._forget(stopped, Result.STOP_FAILED)
             return None     # it has been reported already
         if step in (Step.DONE, Step.LEAVE):
-            return self._settle(stopped, step, current)
+            return self._conclude(stopped, step, current)
         stopped.is_stopped = True
         outcome = self._note_failed_start(stopped, step, current) if stopped.start_answer else None
         if self._clock() < stopped.retry_at and not self._is_finishing:
@@ -323,14 +323,14 @@ class Restarter:
                         return self._forget(stopped, Result.RESTARTED, 'supervisord has accepted the start')
                 current = self._supervisor.get_process(stopped.checked.namespec)
             except (Refused, Unknown) as why:
-                step, outcome = Step.LOOK, self._note_trouble(stopped, why)
+                step, outcome = Step.QUERY, self._note_trouble(stopped, why)
             else:
                 stopped.lost_calls = 0
                 step = find_next_step(stopped, current)
-                outcome = self._take(stopped, step, current, is_tried)
+                outcome = self._evaluate(stopped, step, current, is_tried)
             if outcome:
                 return outcome
-            self._sleep(LOOK_SECONDS)
+            self._sleep(POLL_SECONDS)
 
     def _start(self, stopped: StoppedProcess) -> None:
         """Ask supervisord for a start, which answers as soon as it is accepted. Raises Refused and Unknown."""
@@ -350,13 +350,13 @@ class Restarter:
         stopped.lost_calls += 1
         return self._give_up(stopped) if stopped.lost_calls == MAX_LOST_CALLS else None
 
-    def _take(self, stopped: StoppedProcess, step: Step, current: Process, is_tried: bool) -> Outcome | None:
+    def _evaluate(self, stopped: StoppedProcess, step: Step, current: Process, is_tried: bool) -> Outcome | None:
         """Return the outcome, None if the process has to be started or followed further."""
         if step is Step.UNTOUCHED:
             return self._give_up(stopped)
         stopped.is_stopped = stopped.is_stopped or current.state != State.STOPPING
         if step in (Step.DONE, Step.LEAVE):
-            return self._settle(stopped, step, current)
+            return self._conclude(stopped, step, current)
         if step is Step.WAIT:
             return self._wait(stopped, current)
         outcome = self._note_failed_start(stopped, step, current) if stopped.start_answer else None
@@ -402,7 +402,7 @@ class Restarter:
         promise = NO_RETRY if self._is_finishing else 'will be started again if it stops'
         return make_outcome(stopped.checked, Result.STOP_FAILED, f'{stopped.trouble}; {promise}')
 
-    def _settle(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:
+    def _conclude(self, stopped: StoppedProcess, step: Step, current: Process) -> Outcome:
         reason = '' if current.state == State.RUNNING else f'it is now {current.state_name}'
         if step is Step.DONE:
             return self._forget(stopped, Result.RESTARTED, reason)

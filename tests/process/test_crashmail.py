@@ -147,7 +147,7 @@ def test_supervisord_that_does_not_answer_is_not_asked_for_a_minute(start: Start
         assert 'Unable to read more of its logs through supervisord: supervisord is not asked for 1m' in body
 
 
-def test_signal_while_a_crash_is_investigated_loses_no_mail(start: Start, inbox: CommandInbox) -> None:
+def test_signal_while_a_crash_is_handled_loses_no_mail(start: Start, inbox: CommandInbox) -> None:
     with silent_server() as (url, calls):
         listener = start(url=url)
         listener.expect(b'READY\n')

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from superlance import crashlog
 from superlance.crashlog import (
     Calls,
-    Investigator,
+    DetailsReader,
     Processes,
     count_others,
     cut_at_start,
@@ -178,11 +178,11 @@ class FakeSupervisord:
     def count(self, method: str) -> int:
         return sum(1 for call in self.calls if call[0] == method)
 
-    def make_investigator(self, tail_lines: int | None = None) -> Investigator:
-        return Investigator({}, tail_lines, self.lines.append, self, lambda: self.now)  # type: ignore[arg-type]
+    def make_reader(self, tail_lines: int | None = None) -> DetailsReader:
+        return DetailsReader({}, tail_lines, self.lines.append, self, lambda: self.now)  # type: ignore[arg-type]
 
     def find(self, group: str = 'web', program: str = 'web', pid: object = 10) -> str:
-        return self.make_investigator().investigate(group, program, str(pid), False).reason
+        return self.make_reader().read(group, program, str(pid), False).reason
 
 
 @pytest.fixture
@@ -194,19 +194,19 @@ def supervisord() -> FakeSupervisord:
 
 def test_log_is_read_once_for_a_burst_of_crashes(supervisord: FakeSupervisord) -> None:
     supervisord.log = ''.join(spawned(f'p{n}', n) + exited(f'p{n}', f'exit status {n}') for n in range(1, 20))
-    investigator = supervisord.make_investigator()
+    reader = supervisord.make_reader()
     for number in range(1, 20):
-        found = investigator.investigate('p', f'p{number}', str(number), False)
+        found = reader.read('p', f'p{number}', str(number), False)
         assert found.reason == f'exit status {number}'
     assert (supervisord.count('readLog'), supervisord.count('getAllProcessInfo')) == (1, 1)
     supervisord.log += spawned('p1', 31) + exited('p1', FOUR)
-    assert investigator.investigate('p', 'p1', '31', False).reason == FOUR    # not in what was read
+    assert reader.read('p', 'p1', '31', False).reason == FOUR    # not in what was read
     supervisord.log += spawned('p1', 31) + exited('p1', THREE)
     supervisord.now += 10
-    assert investigator.investigate('p', 'p1', '31', False).reason == THREE   # a pid that occurs again
+    assert reader.read('p', 'p1', '31', False).reason == THREE   # a pid that occurs again
     assert (supervisord.count('readLog'), supervisord.count('getAllProcessInfo')) == (3, 1)
     supervisord.now += 60
-    assert investigator.investigate('p', 'p1', '31', False).reason == THREE
+    assert reader.read('p', 'p1', '31', False).reason == THREE
     assert supervisord.count('getAllProcessInfo') == 2
 
 
@@ -231,10 +231,10 @@ def test_process_of_the_same_name_that_has_been_removed(
 
 def test_log_that_was_rotated_while_the_event_waited(supervisord: FakeSupervisord) -> None:
     logged = time.mktime(time.strptime(STAMP[:19], '%Y-%m-%d %H:%M:%S'))
-    investigator = supervisord.make_investigator()
+    reader = supervisord.make_reader()
 
     def find(program: str, since: float) -> str:
-        return investigator.investigate(program, program, '10', False, since).reason
+        return reader.read(program, program, '10', False, since).reason
 
     supervisord.log = exited('db', FOUR)
     assert find('db', logged - 9) == FOUR       # has not waited
@@ -252,11 +252,11 @@ def test_log_that_was_rotated_while_the_event_waited(supervisord: FakeSupervisor
 def test_log_is_read_again_for_a_name_that_is_in_several_groups(supervisord: FakeSupervisord) -> None:
     supervisord.add('other', 'web', 9)
     supervisord.log = spawned('web', 9) + spawned('web', 10) + exited('web', THREE)
-    investigator = supervisord.make_investigator()
-    assert investigator.investigate('web', 'web', '10', False).reason == THREE
+    reader = supervisord.make_reader()
+    assert reader.read('web', 'web', '10', False).reason == THREE
     supervisord.infos['other:web']['pid'] = 0
     supervisord.log += exited('web', FOUR)
-    assert investigator.investigate('web', 'web', '10', False).reason == ''
+    assert reader.read('web', 'web', '10', False).reason == ''
     assert supervisord.count('readLog') == 2
 
 
@@ -300,7 +300,7 @@ def test_no_process_is_given_the_exit_of_another(seed: int) -> None:
     crashes: list[tuple[str, int, str, int]] = []
     pid = 100
     found = 0
-    investigator = supervisord.make_investigator()
+    reader = supervisord.make_reader()
     for step in range(60):
         supervisord.now += dice.choice([0, 0.01, 1, 20])
         info = supervisord.infos[f'{dice.choice(groups)}:web']
@@ -322,7 +322,7 @@ def test_no_process_is_given_the_exit_of_another(seed: int) -> None:
             other['now'] = int(supervisord.now)
         while crashes and crashes[0][3] <= step:
             group, crashed, reason, _ = crashes.pop(0)
-            answer = investigator.investigate(group, 'web', str(crashed), False).reason
+            answer = reader.read(group, 'web', str(crashed), False).reason
             assert answer in ('', reason), supervisord.log
             found += answer == reason
             if len(groups) == 1 and logs_starts:
@@ -373,9 +373,9 @@ def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkey
 ])
 def test_log_that_cannot_be_read_is_reported_once(supervisord: FakeSupervisord, failure: Exception, line: str) -> None:
     supervisord.failures['readLog'] = [failure] * 100
-    investigator = supervisord.make_investigator()
+    reader = supervisord.make_reader()
     for _ in range(3):
-        assert investigator.investigate('web', 'web', '10', False).reason == ''
+        assert reader.read('web', 'web', '10', False).reason == ''
     assert supervisord.lines == [line] * bool(line)
 
 
@@ -383,21 +383,21 @@ def test_log_that_cannot_be_read_is_reported_once(supervisord: FakeSupervisord, 
 
 def test_late_answer_is_used_and_followed_by_a_pause(supervisord: FakeSupervisord) -> None:
     supervisord.log = spawned('web', 10) + exited('web', THREE)
-    investigator = supervisord.make_investigator()
-    investigator.investigate('web', 'web', '10', False)
+    reader = supervisord.make_reader()
+    reader.read('web', 'web', '10', False)
     supervisord.log += spawned('web', 11) + exited('web', FOUR)
     supervisord.delay_seconds = 1.5
-    assert investigator.investigate('web', 'web', '11', False).reason == FOUR
+    assert reader.read('web', 'web', '11', False).reason == FOUR
     supervisord.log += spawned('web', 12) + exited('web', KILLED)
     calls = len(supervisord.calls)
     supervisord.now += 50
-    assert investigator.investigate('web', 'web', '12', False).reason == ''
+    assert reader.read('web', 'web', '12', False).reason == ''
     assert len(supervisord.calls) == calls
     assert supervisord.lines == [
         'unable to determine why a process exited: supervisord is not asked for 1m after a late answer']
     supervisord.now += 10
     supervisord.delay_seconds = 0.001
-    assert investigator.investigate('web', 'web', '12', False).reason == KILLED
+    assert reader.read('web', 'web', '12', False).reason == KILLED
 
 
 def test_crash_waits_two_seconds_for_all_calls_together(supervisord: FakeSupervisord) -> None:
@@ -441,9 +441,9 @@ def test_processes_that_could_not_be_read_at_start_are_read_later() -> None:
 
 
 def test_prepare_reads_the_processes_only_for_tail(supervisord: FakeSupervisord) -> None:
-    supervisord.make_investigator().prepare(5)
+    supervisord.make_reader().prepare(5)
     assert supervisord.calls == []
-    supervisord.make_investigator(5).prepare(5)
+    supervisord.make_reader(5).prepare(5)
     assert supervisord.calls == [('getAllProcessInfo',)]
 
 

@@ -9,8 +9,8 @@ import pytest
 from support import NO_SUPERVISORD, run_in_process
 
 from superlance import crashlog, crashmail, mail
-from superlance.crashlog import Findings
-from superlance.crashmail import Crash, Crashmail, Digest, Report, compose, describe, find_crash
+from superlance.crashlog import Details
+from superlance.crashmail import Crash, Crashmail, Digest, Report, compose, describe_options, find_crash
 from superlance.listener import Event, ExitRequest, timestamp
 from superlance.options import EVERY, Name, UsageError, read_argv
 from superlance.rpc import Refused, Unknown
@@ -84,7 +84,7 @@ def test_each_option_has_its_field(argv: list[str], field: str, value: Any) -> N
      'reports crashes of every process with the last 1 log line; mail through the -s command'),
 ])
 def test_first_line_of_the_log(argv: list[str], line: str) -> None:
-    assert re.fullmatch(r'crashmail [\w.]+: (.*)', describe(build(*argv)))[1] == line  # type: ignore[index]
+    assert re.fullmatch(r'crashmail [\w.]+: (.*)', describe_options(build(*argv)))[1] == line  # type: ignore[index]
 
 
 # Decide.
@@ -364,7 +364,7 @@ def test_shutdown_if_no_thread_can_be_started_is_requested_at_the_next_crash() -
 
 # The listener.
 
-class FakeInvestigator:
+class FakeDetailsReader:
     """Finds the same about every crash."""
 
     def __init__(self, environment: object, tail_lines: int | None, log: object) -> None:
@@ -373,9 +373,9 @@ class FakeInvestigator:
     def prepare(self, seconds: float, request: object) -> None:
         pass
 
-    def investigate(self, group: str, program: str, pid: str, with_logs: bool, since: float) -> Findings:
+    def read(self, group: str, program: str, pid: str, with_logs: bool, since: float) -> Details:
         self.since = since
-        return Findings('exit status 3', f'{self.tail_lines} lines' if with_logs and self.tail_lines else '')
+        return Details('exit status 3', f'{self.tail_lines} lines' if with_logs and self.tail_lines else '')
 
 
 class FakeOutbox:
@@ -396,7 +396,7 @@ class Rig:
         self.outbox = FakeOutbox()
         self.supervisord = Answers(*shutdown_answers)
         self.lines: list[str] = []
-        monkeypatch.setattr(crashlog, 'Investigator', FakeInvestigator)
+        monkeypatch.setattr(crashlog, 'DetailsReader', FakeDetailsReader)
         monkeypatch.setattr(crashmail, 'Outbox', lambda *_: self.outbox)
         monkeypatch.setattr(crashmail, 'Supervisor', lambda *_: self.supervisord)
         monkeypatch.setattr(crashmail, 'make_log', lambda _: self.lines.append)
@@ -435,8 +435,8 @@ def test_crashes_whose_events_may_have_waited_belong_together(monkeypatch: pytes
     for waited_seconds in (0, 0.1, 0.3, 0.1):
         ready_at = rig.crashmail._ready_at
         rig.crash(when=ready_at + waited_seconds)
-        investigator: Any = rig.crashmail._investigator
-        found.append((investigator.since, ready_at))
+        reader: Any = rig.crashmail._details_reader
+        found.append((reader.since, ready_at))
     assert found[0][0] == found[1][0] == found[0][1]
     assert found[2][0] == found[3][0] == found[2][1]
 

@@ -45,23 +45,23 @@ class FakeProcess:
         return self._status
 
 
-def make_story(folder: Path, supervisord: str = SUPERVISORD_LOG, memmon: str = MEMMON_LOG,
-               mails: str = MAILS) -> demo.Story:
+def make_transcript(folder: Path, supervisord: str = SUPERVISORD_LOG, memmon: str = MEMMON_LOG,
+               mails: str = MAILS) -> demo.Transcript:
     for name, text in (('supervisord', supervisord), ('memmon', memmon), ('mail', mails)):
         (folder / f'{name}.log').write_text(text, 'utf-8')
-    return demo.Story(folder)
+    return demo.Transcript(folder)
 
 
-def watch(story: demo.Story, status: int | None = None) -> str:
+def watch(transcript: demo.Transcript, status: int | None = None) -> str:
     process: subprocess.Popen[bytes] = FakeProcess(status)  # type: ignore[assignment]
-    return demo.watch(process, story)
+    return demo.watch(process, transcript)
 
 
 def test_everything_done_is_summarised_with_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    story = make_story(tmp_path)
-    assert watch(story) == ''
+    transcript = make_transcript(tmp_path)
+    assert watch(transcript) == ''
     capsys.readouterr()
-    story.print_summary()
+    transcript.print_summary()
     memmon, httpok, crashmail = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         rf'memmon     done: restarted leaky, sent mail \(pid 11 -> {os.getpid()}; 60\.7MB -> \d+\.\dMB\)', memmon)
@@ -71,8 +71,8 @@ def test_everything_done_is_summarised_with_numbers(tmp_path: Path, capsys: pyte
 
 def test_new_lines_are_printed_once_without_what_is_only_for_machines(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    story = make_story(tmp_path)
-    story.print_news()
+    transcript = make_transcript(tmp_path)
+    transcript.print_news()
     printed = capsys.readouterr().out
     assert "  0s  supervisord  spawned: 'leaky' with pid 11\n" in printed
     assert '  0s  memmon       restarted leaky (pid 11: 60.7MB, over its limit of 55.0MB)\n' in printed
@@ -81,16 +81,16 @@ def test_new_lines_are_printed_once_without_what_is_only_for_machines(
     assert 'supervisord started' not in printed
     with open(tmp_path / 'memmon.log', 'a') as log:
         log.write(f'{STAMP}memmon: a new line\n{STAMP}memmon: half a l')
-    story.print_news()
+    transcript.print_news()
     assert capsys.readouterr().out == '  0s  memmon       a new line\n'
 
 
 def test_what_is_not_done_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, 'DEADLINE_SECONDS', 0)
-    story = make_story(tmp_path, mails='')
-    assert watch(story) == 'not everything was done within 0s'
-    story.print_summary()
+    transcript = make_transcript(tmp_path, mails='')
+    assert watch(transcript) == 'not everything was done within 0s'
+    transcript.print_summary()
     assert 'memmon     NOT done: never sent mail\n' in capsys.readouterr().out
 
 
@@ -102,17 +102,17 @@ def test_what_is_not_done_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 ])
 def test_it_ends_early_when_it_cannot_succeed(tmp_path: Path, log: str, status: int | None, signals: list[int],
                                               expected: str) -> None:
-    story = make_story(tmp_path, log, '', '')
-    story.signals += signals
-    assert watch(story, status) == expected
+    transcript = make_transcript(tmp_path, log, '', '')
+    transcript.signals += signals
+    assert watch(transcript, status) == expected
 
 
 def test_memory_is_left_out_without_ps(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('PATH', str(tmp_path))
-    story = make_story(tmp_path)
-    story.print_news()
-    story.print_summary()
+    transcript = make_transcript(tmp_path)
+    transcript.print_news()
+    transcript.print_summary()
     assert f'(pid 11 -> {os.getpid()}; no ps)' in capsys.readouterr().out
 
 
@@ -134,7 +134,7 @@ def test_lines_of_listeners_are_bold_on_a_terminal_that_can_show_it(
     monkeypatch.delenv('NO_COLOR', raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    make_story(tmp_path).print_news()
+    make_transcript(tmp_path).print_news()
     lines = terminal.getvalue().splitlines()
     bold = [line for line in lines if line.startswith('\033[1m') and line.endswith('\033[0m')]
     assert len(bold) == (1 if is_bold else 0)
@@ -142,7 +142,7 @@ def test_lines_of_listeners_are_bold_on_a_terminal_that_can_show_it(
 
 
 def test_output_is_plain_if_it_is_not_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_story(tmp_path).print_news()
+    make_transcript(tmp_path).print_news()
     assert '\033' not in capsys.readouterr().out
 
 

@@ -250,7 +250,7 @@ def test_restart(stop: list[Any], start: list[Any], info: list[Any], result: Res
 def test_lost_calls_are_not_repeated_at_once() -> None:
     rig = Rig(Scripted([INFO, LOST_CALL], start=[LOST_CALL]))
     rig.restart()
-    assert rig.clock.now - 1000 == pytest.approx(2 * restart.LOOK_SECONDS)
+    assert rig.clock.now - 1000 == pytest.approx(2 * restart.POLL_SECONDS)
 
 
 def test_name_with_a_percent_sign_or_braces() -> None:

@@ -475,13 +475,13 @@ def run_schedule(seed: int) -> Schedule:
 
 @pytest.mark.parametrize('part', range(PARTS))
 def test_restarts_in_random_schedules(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restart, 'LOOK_SECONDS', 0.5)
+    monkeypatch.setattr(restart, 'POLL_SECONDS', 0.5)
     for seed in range(part, SCHEDULES, PARTS):
         run_schedule(seed)
 
 
 if __name__ == '__main__':
-    restart.LOOK_SECONDS = 0.5
+    restart.POLL_SECONDS = 0.5
     if len(sys.argv) == 2:
         print('\n'.join(run_schedule(int(sys.argv[1])).world.trace))
     for seed in range(*map(int, sys.argv[1:3])) if len(sys.argv) == 3 else ():
