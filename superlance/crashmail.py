@@ -60,7 +60,7 @@ from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
 
 from superlance import __version__, mail
 from superlance.command import Deadline
-from superlance.listener import Event, ExitRequest, exit_request, listen, make_log, parse_tokens, timestamp
+from superlance.listener import Event, ExitRequest, exit_request, listen, make_log, parse_tokens, start_timer, timestamp
 from superlance.options import (
     COMMON_OPTIONS,
     EVERY,
@@ -289,14 +289,8 @@ class Digest:
         self._held.append(report)
 
     def _wait(self) -> None:
-        timer = threading.Timer(self._interval_seconds, self._end_interval)
-        timer.daemon = True
-        try:
-            timer.start()
-        except RuntimeError:
-            self._timer = None  # no thread could be started: the next crash is sent at once
-        else:
-            self._timer = timer
+        # If no thread can be started, the next crash is sent at once.
+        self._timer = start_timer(self._interval_seconds, self._end_interval)
 
     def _end_interval(self) -> None:
         with self._lock:

@@ -12,7 +12,10 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from typing import Any, Callable, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TextIO
+
+if TYPE_CHECKING:
+    import threading
 
 Log = Callable[[str], None]
 
@@ -101,6 +104,19 @@ class ExitRequest:
 
 # Signals belong to the process as a whole.
 exit_request = ExitRequest()
+
+
+def start_timer(seconds: float, fire: Callable[[], None]) -> threading.Timer | None:
+    """Call fire in so many seconds, on a daemon thread; return None if no thread could be started."""
+    import threading
+
+    timer = threading.Timer(seconds, fire)
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError:
+        return None
+    return timer
 
 
 def parse_tokens(line: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from superlance.command import CommandFailed, Deadline, SecondsLeft, decode_end, is_command, run_command
 from superlance.listener import one_line
@@ -60,6 +60,11 @@ class Settings(NamedTuple):
     @property
     def sends_anything(self) -> bool:
         return self.sends_mail or self.webhook is not None
+
+    @property
+    def to(self) -> str:
+        """The recipients, as they follow the word mail; '' if there are none."""
+        return f" to {', '.join(self.recipients)}" if self.recipients else ''
 
     @property
     def shown_command(self) -> str:
@@ -169,15 +174,12 @@ def _is_private(host: str) -> bool:
 
 def describe(settings: Settings) -> str:
     """Return where notices go, for the first line of the log; no secrets."""
-    parts = [_describe_mail(settings)] if settings.sends_mail else []
+    parts = []
+    if settings.sends_mail:
+        parts.append(f'mail{settings.to} through {settings.smtp.shown if settings.smtp else settings.shown_command}')
     if settings.webhook:
         parts.append('notices to the webhook')
     return '; '.join(parts) or 'no mail'
-
-
-def _describe_mail(settings: Settings) -> str:
-    to = f"to {', '.join(settings.recipients)} " if settings.recipients else ''
-    return f'mail {to}through {settings.smtp.shown if settings.smtp else settings.shown_command}'
 
 
 def find_command_problem(settings: Settings) -> str:
@@ -275,6 +277,19 @@ def send_webhook(settings: Settings, program: str, notice: Notice, seconds_left:
     return webhook.post(settings.webhook, program, notice, seconds_left)
 
 
+class Transport(NamedTuple):
+    """One of the two ways to send a notice."""
+
+    what: str       # how log lines call a notice that it sends
+    to: str         # what they add after its subject
+    send: Callable[[Settings, str, Notice, SecondsLeft], str]
+
+
+def find_transports(settings: Settings) -> list[Transport]:
+    transports = [Transport('mail', settings.to, send_mail)] if settings.sends_mail else []
+    return transports + ([Transport('webhook message', '', send_webhook)] if settings.webhook else [])
+
+
 def send_test(settings: Settings, program: str, subject: str, body: str, server: str = '') -> tuple[list[str], bool]:
     """Send a notice by mail and to the webhook; return one line for each, with the answer, and whether both succeeded.
 
@@ -282,16 +297,12 @@ def send_test(settings: Settings, program: str, subject: str, body: str, server:
     """
     notice = Notice(subject, body, server, time.time())
     lines, succeeded = [], True
-    to = f" to {', '.join(settings.recipients)}" if settings.recipients else ''
-    for used, send, what in ((settings.sends_mail, send_mail, f'mail{to}'),
-                             (settings.webhook is not None, send_webhook, 'webhook message')):
-        if not used:
-            continue
+    for what, to, send in find_transports(settings):
         try:
             answer = send(settings, program, notice, lambda: float('inf'))
         except SendFailed as why:
-            lines.append(f'unable to send {what}: {why}')
+            lines.append(f'unable to send {what}{to}: {why}')
             succeeded = False
         else:
-            lines.append(f'sent {what}{": " if answer else ""}{answer}')
+            lines.append(f'sent {what}{to}{": " if answer else ""}{answer}')
     return lines, succeeded

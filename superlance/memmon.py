@@ -268,7 +268,7 @@ class Memmon:
         self._read_memory = MemoryReader(self._log, request)
         self._own_group = environment.get('SUPERVISOR_GROUP_NAME')
         self._supervisor = Supervisor(environment)
-        self._restarter = Restarter(self._supervisor, self._report, options.max_restarts, options.dry_run)
+        self._restarter = Restarter(self._supervisor, self._report, options.max_restarts, options.dry_run, request)
         self._outbox = Outbox(options.mail, 'memmon', self._log)
         wants = describe_wants(options)._replace(read_pids=self._read_memory)
         self._start_check = StartCheck('memmon', wants, environment, self._log, request)

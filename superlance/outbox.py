@@ -14,7 +14,7 @@ from typing import Callable
 
 from superlance.command import SecondsLeft
 from superlance.listener import Log
-from superlance.mail import Settings, send_mail, send_webhook
+from superlance.mail import Settings, find_transports
 from superlance.notice import Notice, SendFailed
 from superlance.options import format_duration
 
@@ -165,9 +165,9 @@ class Schedule:
 class Queue:
     """Sends notices one at a time, on a thread of its own, until each is accepted or discarded."""
 
-    def __init__(self, what: str, where: str, send: Send, program: str, log: Log, clock: Clock) -> None:
-        self._what = what       # how log lines call a notice, and, after its subject, where it was sent
-        self._where = where
+    def __init__(self, what: str, to: str, send: Send, program: str, log: Log, clock: Clock) -> None:
+        self._what = what       # see mail.Transport
+        self._to = to
         self._send = send
         self._program = program
         self._log = log
@@ -235,7 +235,7 @@ class Queue:
             else:
                 with self._changed:
                     self._schedule.succeed(self._clock())
-                    self._log(f'sent {self._what} "{notice.subject}"{self._where}{": " if answer else ""}{answer}')
+                    self._log(f'sent {self._what} "{notice.subject}"{self._to}{": " if answer else ""}{answer}')
 
     def _wait_for_next(self) -> Notice | None:
         """Return the next notice when it is due; at the end, None."""
@@ -277,13 +277,8 @@ class Outbox:
 
     def __init__(self, settings: Settings, program: str, log: Log, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._queues = []
-        if settings.sends_mail:
-            to = f" to {', '.join(settings.recipients)}" if settings.recipients else ''
-            self._queues.append(Queue('mail', to, partial(send_mail, settings, program), program, log, clock))
-        if settings.webhook:
-            self._queues.append(
-                Queue('webhook message', '', partial(send_webhook, settings, program), program, log, clock))
+        self._queues = [Queue(what, to, partial(send, settings, program), program, log, clock)
+                        for what, to, send in find_transports(settings)]
 
     def put(self, subject: str, body: str, server: str = '') -> None:
         """Send a notice as soon as possible, in the background; server is supervisord's identifier."""

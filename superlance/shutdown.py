@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import threading
 
-from superlance.listener import Log
+from superlance.listener import Log, start_timer
 from superlance.rpc import Refused, Supervisor, Unknown, is_shutting_down
 
 FIRST_RETRY_SECONDS = 1.0
@@ -53,17 +53,9 @@ class Shutdown:
             if str(why) != self._failure:
                 self._failure = str(why)
                 self._log(f'unable to shut down supervisord, will retry: {why}')
-            self._wait()
+            # If no thread can be started, the next crash asks again.
+            self._timer = start_timer(self._retry_seconds, self._retry)
+            self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
         else:
             self.accepted = True
             self._log('asked supervisord to shut down')
-
-    def _wait(self) -> None:
-        timer = threading.Timer(self._retry_seconds, self._retry)
-        timer.daemon = True
-        self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
-        try:
-            timer.start()
-        except RuntimeError:
-            return  # no thread could be started: the next crash asks again
-        self._timer = timer
