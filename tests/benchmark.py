@@ -42,7 +42,7 @@ from typing import IO, Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PS = ('ps', '-A', '-o', 'pid=', '-o', 'ppid=', '-o', 'rss=')
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 180     # 1,000 programs take a while to start
 TICK = ('TICK_5', 'when:1700000000')
 CRASH = ('PROCESS_STATE_EXITED', 'processname:web groupname:web from_state:RUNNING expected:0 pid:123')
 EXPECTED_EXIT = ('PROCESS_STATE_EXITED', 'processname:web groupname:web from_state:RUNNING expected:1 pid:123')
@@ -363,6 +363,10 @@ def measure_memmon(old: Path, new: Path) -> list[Row]:
             rows += found
             if programs not in (50, 1000):
                 rows += measure(', -c', '-c', '-a', '1GB')
+            if programs == 1000:
+                found_mb = [[measure_resident(supervisord.url, [TICK] * 3, commands, 'memmon', '-a', '1GB')
+                             for commands in (old, new)]]
+                rows.append(make_row('memory, 1,000 processes: MB', found_mb))
             if programs == 100:
                 with foreign_processes():
                     rows += measure(', foreign', '-a', '50MB')
@@ -435,10 +439,6 @@ def measure_memory(old: Path, new: Path, supervisord: Supervisord, web: str) -> 
         measure('crashmail after a mail', None, [CRASH], 'crashmail', '-a', *mail)]
     with foreign_processes():
         rows.append(measure('memmon, foreign', 0.55, [TICK] * 3, 'memmon', '-a', '50MB', *mail))
-    with supervising(old, 1000) as large:
-        found = [tuple(measure_resident(large.url, [TICK] * 3, commands, 'memmon', '-a', '200MB', *mail)
-                       for commands in (old, new))]
-        rows.append(make_row('memory, memmon, 1,000 processes: MB', found))
     return rows
 
 

@@ -334,11 +334,11 @@ def answer(client: Any) -> None:
 
 @on_linux
 @pytest.mark.parametrize(('arguments', 'events', 'warm_up'), [
-    (['memmon', '-a', '100TB'], 300, 50),
-    (['memmon', '-c', '-p', 'web=100TB'], 100, 50),
-    (['crashmail'], 1000, 50),
+    (['memmon', '-a', '100TB'], 150, 50),
+    (['memmon', '-c', '-p', 'web=100TB'], 50, 50),
+    (['crashmail'], 500, 50),
     (['crashmail', '-m', 'bob@example.com', '-s', ':'], 200, 100),
-    (['httpok', '-b', 'ok', 'http://localhost:1/'], 300, 100),
+    (['httpok', '-b', 'ok', 'http://localhost:1/'], 150, 100),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else str(value))
 def test_long_life_costs_no_more_than_a_short_one(arguments: list[str], events: int, warm_up: int,
                                                   tmp_path: Path) -> None:
