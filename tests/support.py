@@ -426,9 +426,6 @@ def run_command_line(script: str, *arguments: str, folder: Path | None = None,
                           stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=2 * TIMEOUT)
 
 
-run_by_hand = run_command_line      # until all its users are migrated
-
-
 def accept_all(server: socket.socket, handle: Callable[[socket.socket], None]) -> None:
     """Serve each connection to a listening socket with handle, on its own thread, until the socket is shut down."""
     def serve(client: socket.socket) -> None:
