@@ -82,13 +82,12 @@ Diagnostics:
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from typing import Mapping, NamedTuple, Sequence
 
 from superlance import __version__, check, mail
 from superlance.check import BackgroundFetch, Check, Verdict, decide, describe_check, probe, read_check
-from superlance.command import CommandFailed, Deadline, decode_end, run_command
+from superlance.coredump import GCORE, parse_command, write_core_dump
 from superlance.fetch import Response
 from superlance.listener import Event, ExitRequest, exit_request, listen, make_log, one_line
 from superlance.options import (
@@ -123,19 +122,11 @@ from superlance.restart import SUBJECTS, Outcome, Restarter, Result
 from superlance.rpc import Process, Refused, State, Supervisor, Unknown, find_supervisor, is_shutting_down
 from superlance.startcheck import StartCheck, Wants, check_once, find_watched
 
-GCORE = '/usr/bin/gcore -o'
-GCORE_SECONDS = 300
 STATE_SECONDS = 5
 REMIND_SECONDS = 3600.0
+
+
 # Options.
-
-def parse_command(text: str) -> list[str]:
-    """Return the words of a command, split as by a shell. Raises ValueError."""
-    try:
-        return shlex.split(text)
-    except ValueError as why:
-        raise ValueError(f'{text!r} is not a command: {why}') from None
-
 
 OPTIONS = (
     Option('p', 'program', parse_name),
@@ -197,7 +188,7 @@ def build_options(given: Given, arguments: list[str]) -> Options:
         max_restarts=given.last('max-restarts'),
         dry_run='dry-run' in given,
         core_directory=given.last('coredir') or None,
-        gcore=given.last('gcore') or shlex.split(GCORE),
+        gcore=given.last('gcore') or GCORE,
         name=given.last('name') or None,
         verbose='verbose' in given,
         mail=settings,
@@ -234,12 +225,6 @@ def describe_wants(options: Options) -> Wants:
         names=options.names, supervisord=bool(options.names), restarts=bool(options.names) and not options.dry_run,
         core_directory=options.core_directory, core_command=options.gcore if has_cores else (),
         find_mail_problem=lambda: mail.find_command_problem(options.mail), warnings=options.warnings)
-
-
-def make_file_name(title: str) -> str:
-    """Return the title of a process as a file name that stays in its directory."""
-    name = ''.join(c if c.isalnum() or c in '-_.:@+' else '_' for c in title)
-    return '_' + name[1:] if name.startswith('.') else name
 
 
 # Act and report.
@@ -424,20 +409,9 @@ class Httpok:
 
     def _dump_core(self, process: Process) -> None:
         assert self._options.core_directory
-        path = os.path.join(self._options.core_directory, make_file_name(process.title))
-        words = [*self._options.gcore, path, str(process.pid)]
-        try:
-            # A shell, only to set the mode of the file: a core dump may contain passwords.
-            output = run_command(['/bin/sh', '-c', 'umask 077; exec "$@"', 'sh', *words],
-                                 Deadline(GCORE_SECONDS).seconds_left, interrupt=self._request, shown=' '.join(words))
-        except CommandFailed as why:
-            line = f'unable to write a core dump of {process.title}: {why}'
-            self._lines.append(line)
-        else:
-            files = [name for name in (f'{path}.{process.pid}', path) if os.path.exists(name)]
-            line = f"wrote a core dump of {process.title}{f' to {files[0]}' if files else ''}"
-            self._lines += [line, *decode_end(output).splitlines()]
-        self._log(line)
+        lines = write_core_dump(process, self._options.core_directory, self._options.gcore, self._request)
+        self._log(lines[0])
+        self._lines += lines
 
     def _retry(self) -> bool:
         """Retry the restarts of earlier ticks; return whether a process was started."""

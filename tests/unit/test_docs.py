@@ -1,6 +1,7 @@
 """README, references, --help and option tables agree, and every command line that they show is accepted."""
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -146,10 +147,22 @@ def test_every_test_that_the_documentation_names_exists() -> None:
     assert len(named) > 30 and named <= defined, sorted(named - defined)
 
 
-def test_contributing_names_every_module() -> None:
-    text = (ROOT / 'CONTRIBUTING.rst').read_text('utf-8')
-    modules = {path.name for path in (ROOT / 'superlance').glob('*.py')} - {'__init__.py'}
-    assert modules == set(re.findall(r'^``(\w+\.py)``', text, re.M))
+def find_imports(module: str) -> set[str]:
+    """Return which modules of superlance a module imports at run time, also within functions."""
+    tree = ast.parse((ROOT / 'superlance' / f'{module}.py').read_text('utf-8'))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == 'TYPE_CHECKING':
+            node.body = []
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return ({node.module.split('.')[1] for node in froms if node.module and node.module.startswith('superlance.')}
+            | {alias.name for node in froms if node.module == 'superlance' for alias in node.names} - {'__version__'})
+
+
+def test_contributing_names_every_module_and_each_imports_only_modules_below_it() -> None:
+    modules = re.findall(r'^``(\w+)\.py``', (ROOT / 'CONTRIBUTING.rst').read_text('utf-8'), re.M)
+    assert sorted(modules) == sorted({path.stem for path in (ROOT / 'superlance').glob('*.py')} - {'__init__'})
+    for position, module in enumerate(modules):
+        assert find_imports(module) <= {*modules[position + 1:]} - {'demo', *NAMES}, module
 
 
 def test_readme_is_read_in_ten_minutes() -> None:

@@ -125,20 +125,6 @@ def test_what_is_checked_at_start(argv: list[str], supervisord: bool, restarts: 
     assert wants.find_mail_problem is not None and not wants.find_mail_problem()
 
 
-@pytest.mark.parametrize(('title', 'expected'), [
-    ('web', 'web'),
-    ('site:web_00', 'site:web_00'),
-    ('grün-1.2@a+b', 'grün-1.2@a+b'),
-    ('../../etc/passwd', '_._.._etc_passwd'),
-    ('..', '_.'),
-    ('.hidden', '_hidden'),
-    ('$(touch x)', '__touch_x_'),
-    ('a"b\'c`d;e|f&g*h\n\x00', 'a_b_c_d_e_f_g_h__'),
-])
-def test_make_file_name(title: str, expected: str) -> None:
-    assert httpok.make_file_name(title) == expected
-
-
 # The listener.
 
 class FakeSupervisor:
@@ -564,39 +550,6 @@ def test_every_check_is_logged_with_verbose(make_rig: Callable[..., Rig]) -> Non
 
 
 # Core dumps.
-
-def dump_core(rig: Rig, script: Path, *words: str) -> None:
-    rig.httpok._options = rig.options._replace(core_directory=str(script.parent), gcore=[str(script), *words])
-    rig.httpok._dump_core(rig.supervisor.processes['web'])
-
-
-def test_a_core_dump_has_mode_0600_and_its_command_gets_no_shell(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
-    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')
-    script = write_script(tmp_path / 'my gcore', 'printf "%s|" "$@"\necho\necho done\n: > "$3.$4"\n')
-    dump_core(rig, script, 'a  b', '$HOME')
-    file = tmp_path / f'web.{PID}'
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert rig.log == [f'wrote a core dump of web to {file}']
-    assert rig.httpok._lines == [*rig.log, f'a  b|$HOME|{tmp_path}/web|{PID}|', 'done']
-
-
-def test_a_core_dump_in_another_place(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
-    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')
-    dump_core(rig, write_script(tmp_path / 'gcore', 'exit 0\n'))
-    dump_core(rig, write_script(tmp_path / 'gcore', ': > "$1"\n'))
-    assert rig.log == ['wrote a core dump of web', f'wrote a core dump of web to {tmp_path}/web']
-
-
-@pytest.mark.parametrize(('text', 'reason'), [
-    ('echo disk full\nexit 3\n', 'exit status 3: disk full'), ('exec sleep 600\n', 'timed out')])
-def test_a_core_dump_that_fails_is_logged(text: str, reason: str, make_rig: Callable[..., Rig], tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httpok, 'GCORE_SECONDS', 0.5)
-    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')
-    dump_core(rig, write_script(tmp_path / 'gcore', text))
-    assert rig.log == rig.httpok._lines == [
-        f'unable to write a core dump of web: {tmp_path}/gcore {tmp_path}/web {PID}: {reason}']
-
 
 def test_a_core_dump_precedes_the_restart_and_is_mailed(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
     script = write_script(tmp_path / 'gcore', 'echo saved\n')

@@ -1,0 +1,54 @@
+"""Core dumps: their files, their command and what is said about them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import write_script
+
+from superlance import coredump
+from superlance.coredump import make_file_name, write_core_dump
+from superlance.listener import ExitRequest
+from superlance.rpc import Process
+
+PID = 7
+WEB = Process('web', 'web', PID, 20, 'RUNNING', 1000, 1100, '')
+
+
+@pytest.mark.parametrize(('title', 'expected'), [
+    ('web', 'web'),
+    ('site:web_00', 'site:web_00'),
+    ('grün-1.2@a+b', 'grün-1.2@a+b'),
+    ('../../etc/passwd', '_._.._etc_passwd'),
+    ('..', '_.'),
+    ('.hidden', '_hidden'),
+    ('$(touch x)', '__touch_x_'),
+    ('a"b\'c`d;e|f&g*h\n\x00', 'a_b_c_d_e_f_g_h__'),
+])
+def test_make_file_name(title: str, expected: str) -> None:
+    assert make_file_name(title) == expected
+
+
+def dump_core(script: Path, *words: str) -> list[str]:
+    return write_core_dump(WEB, str(script.parent), [str(script), *words], ExitRequest())
+
+
+def test_a_core_dump_has_mode_0600_and_its_command_gets_no_shell(tmp_path: Path) -> None:
+    script = write_script(tmp_path / 'my gcore', 'printf "%s|" "$@"\necho\necho done\n: > "$3.$4"\n')
+    file = tmp_path / f'web.{PID}'
+    assert dump_core(script, 'a  b', '$HOME') == [
+        f'wrote a core dump of web to {file}', f'a  b|$HOME|{tmp_path}/web|{PID}|', 'done']
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_core_dump_in_another_place(tmp_path: Path) -> None:
+    assert dump_core(write_script(tmp_path / 'gcore', 'exit 0\n')) == ['wrote a core dump of web']
+    assert dump_core(write_script(tmp_path / 'gcore', ': > "$1"\n')) == [f'wrote a core dump of web to {tmp_path}/web']
+
+
+@pytest.mark.parametrize(('text', 'reason'), [
+    ('echo disk full\nexit 3\n', 'exit status 3: disk full'), ('exec sleep 600\n', 'timed out')])
+def test_a_core_dump_that_fails(text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coredump, 'GCORE_SECONDS', 0.5)
+    assert dump_core(write_script(tmp_path / 'gcore', text)) == [
+        f'unable to write a core dump of web: {tmp_path}/gcore {tmp_path}/web {PID}: {reason}']
