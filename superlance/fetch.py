@@ -21,6 +21,7 @@ from superlance.rpc import Unknown
 if TYPE_CHECKING:
     import ssl
     from http.client import HTTPMessage, HTTPResponse
+    from urllib.parse import SplitResult
 
 RETRY_REFUSED_SECONDS = 1
 BODY_LIMIT_BYTES = 1024 * 1024
@@ -95,8 +96,7 @@ def parse_url(text: str, password: str | None = None, shown: str | None = None) 
     password is used if the URL has a user name without one; shown is what messages call the URL
     (default: the URL without its password).
     """
-    from base64 import b64encode
-    from urllib.parse import quote, unquote_to_bytes, urlsplit
+    from urllib.parse import urlsplit
 
     shown = without_password(text) if shown is None else shown
 
@@ -124,20 +124,31 @@ def parse_url(text: str, password: str | None = None, shown: str | None = None) 
         host = host.encode('idna').decode('ascii')
     except UnicodeError as why:
         raise wrong(f'has an invalid host name: {why}') from None
-    authorization = None
-    if url.username is not None:
-        secret = unquote_to_bytes(url.password) if url.password is not None else (password or '').encode(
-            'utf-8', 'surrogateescape')
-        authorization = 'Basic ' + b64encode(unquote_to_bytes(url.username) + b':' + secret).decode('ascii')
-    # Letters beyond ASCII are encoded; what is percent-encoded already stays as it is.
-    path = quote(url.path or '/', safe="%/:@!$&'()*+,;=~")
-    if url.query:
-        path += '?' + quote(url.query, safe="%/?:@!$&'()*+,;=~[]{}|^")
     host_header = '[{}]'.format(host.partition('%')[0]) if ':' in host else host
     if port:
         host_header += f':{port}'
     return Target(tls=url.scheme == 'https', host=host, port=port or (443 if url.scheme == 'https' else 80),
-                  path=path, host_header=host_header, authorization=authorization, shown=shown)
+                  path=_encode_path(url), host_header=host_header, authorization=_make_authorization(url, password),
+                  shown=shown)
+
+
+def _encode_path(url: SplitResult) -> str:
+    """Return path and query with letters beyond ASCII encoded; what is percent-encoded already stays as it is."""
+    from urllib.parse import quote
+
+    path = quote(url.path or '/', safe="%/:@!$&'()*+,;=~")
+    return path + ('?' + quote(url.query, safe="%/?:@!$&'()*+,;=~[]{}|^") if url.query else '')
+
+
+def _make_authorization(url: SplitResult, password: str | None) -> str | None:
+    from base64 import b64encode
+    from urllib.parse import unquote_to_bytes
+
+    if url.username is None:
+        return None
+    secret = (unquote_to_bytes(url.password) if url.password is not None
+              else (password or '').encode('utf-8', 'surrogateescape'))
+    return 'Basic ' + b64encode(unquote_to_bytes(url.username) + b':' + secret).decode('ascii')
 
 
 def make_tls_context(verify: bool, cafile: str | None = None) -> ssl.SSLContext:

@@ -147,29 +147,16 @@ class Supervisor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of supervisor's interface and return its answer."""
-        import socket
         from http.client import HTTPException
-        from urllib.parse import urlsplit
         from xml.parsers.expat import ExpatError
         from xmlrpc.client import Error, Fault, ProtocolError
 
-        from supervisor.childutils import getRPCInterface
         from supervisor.xmlrpc import Faults, getFaultDescription
 
         url = self._environment.get('SUPERVISOR_SERVER_URL', '')
         shown = without_password(url)
-        # supervisor's connections over TCP and over a unix socket use this as their timeout.
-        socket.setdefaulttimeout(self._timeout_seconds)
         try:
-            parts = urlsplit(url)
-            if parts.scheme == 'http' and not parts.hostname:
-                raise ValueError('the URL has no host')
-            proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
-            _accept_control_characters(proxy('transport'))
-            try:
-                answer = getattr(proxy.supervisor, method)(*arguments)
-            finally:
-                proxy('close')()
+            answer = self._call(url, method, arguments)
         except Fault as why:
             if why.faultCode == Faults.UNKNOWN_METHOD:
                 raise Unknown(f'supervisord at {shown} does not offer this interface: supervisord.conf needs an '
@@ -189,6 +176,24 @@ class Supervisor:
         if not has_shape(answer, SHAPES.get(method, object)):
             raise Unknown(f'supervisord at {shown} sent an unexpected answer to {method}: {str(answer)[:80]!r}')
         return answer
+
+    def _call(self, url: str, method: str, arguments: tuple[Any, ...]) -> Any:
+        import socket
+        from urllib.parse import urlsplit
+
+        from supervisor.childutils import getRPCInterface
+
+        # supervisor's connections over TCP and over a unix socket use this as their timeout.
+        socket.setdefaulttimeout(self._timeout_seconds)
+        parts = urlsplit(url)
+        if parts.scheme == 'http' and not parts.hostname:
+            raise ValueError('the URL has no host')
+        proxy = getRPCInterface(dict(self._environment, SUPERVISOR_SERVER_URL=url))
+        _accept_control_characters(proxy('transport'))
+        try:
+            return getattr(proxy.supervisor, method)(*arguments)
+        finally:
+            proxy('close')()
 
     def _describe_401(self) -> str:
         complaint = ('rejects the user name and password (401): check' if self._environment.get('SUPERVISOR_USERNAME')
