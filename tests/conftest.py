@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 from hypothesis import settings
@@ -16,3 +17,11 @@ def _own_environment() -> None:
     for name in list(os.environ):
         if name.startswith(('SUPERVISOR_', 'SUPERLANCE_')):
             del os.environ[name]
+
+
+@pytest.fixture
+def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process limit were reached."""
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, 'start', fail)

@@ -73,12 +73,26 @@ def find_children(pid: int) -> list[int]:
     return children
 
 
+def find_free_port() -> int:
+    """Return a port on loopback that is free at the moment."""
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
 READY, RESULT = b'READY\n', b'RESULT 2\nOK'
 
 
 def make_event(name: str, payload: str, header: str = 'ver:3.0 server:sup serial:1 pool:x poolserial:1') -> bytes:
     """Return an event as supervisord writes it: len counts characters."""
     return f'{header} eventname:{name} len:{len(payload)}\n{payload}'.encode('utf-8', 'surrogateescape')
+
+
+def make_crash(program: str = 'web', group: str = '', expected: int = 0) -> tuple[str, str]:
+    """Return the name and payload of the event for an exit."""
+    return ('PROCESS_STATE_EXITED', f'processname:{program} groupname:{group or program} from_state:RUNNING '
+                                    f'expected:{expected} pid:123')
 
 
 def acknowledge(number: int) -> bytes:

@@ -7,13 +7,22 @@ import ssl
 import struct
 import time
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Callable, Iterator, Sequence, Union
 
+import trustme
 from support import TIMEOUT, read_until, serving
 
 Handler = Callable[[socket.socket], None]
 # What a server does with a connection whose request it has read.
 Answer = Union[bytes, Handler]
+
+
+def make_tls(authority: trustme.CA, *names: str, not_after: datetime | None = None) -> ssl.SSLContext:
+    """Return the context of a server with a certificate for these names, by default those of loopback."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*(names or ('127.0.0.1', 'localhost')), not_after=not_after).configure_cert(context)
+    return context
 
 
 def response(body: bytes = b'ok', *headers: str, status: str = '200 OK') -> bytes:

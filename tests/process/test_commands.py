@@ -23,6 +23,7 @@ from support import (
     Listener,
     acknowledge,
     find_children,
+    make_crash,
     make_event,
     read,
     read_until,
@@ -42,11 +43,6 @@ TICK = ('TICK_5', 'when:1')
 
 every_command = pytest.mark.parametrize('name', ARGUMENTS)
 on_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
-
-
-def make_crash(program: str = 'web', group: str = '') -> tuple[str, str]:
-    return ('PROCESS_STATE_EXITED',
-            f'processname:{program} groupname:{group or program} from_state:RUNNING expected:0 pid:123')
 
 
 SERVED = {'memmon': TICK, 'httpok': TICK, 'crashmail': make_crash()}

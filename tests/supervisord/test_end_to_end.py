@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import time
 from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 from inbox import CommandInbox, SmtpInbox
-from support import COMMANDS, READY, RESULT, Listener, Supervisord, read, wait_for, write_script
+from support import COMMANDS, READY, RESULT, Listener, Supervisord, find_free_port, read, wait_for, write_script
 
 SENDMAIL = '/usr/sbin/sendmail'
 
@@ -62,13 +61,6 @@ def program(name: str, task: str, argument: Any = 0, more: str = '') -> str:
 def listener(command: str, events: str, name: str = '', more: str = '') -> str:
     name = name or command.split()[0].rpartition('/')[2]
     return f'[eventlistener:{name}]\ncommand={command}\nevents={events}\nenvironment=HOME="%(here)s"\n{more}\n'
-
-
-def find_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def read_bodies(inbox: SmtpInbox | CommandInbox, number: int) -> dict[str, str]:

@@ -3,24 +3,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
 from configparser import RawConfigParser
 from pathlib import Path
 
 import pytest
-from support import COMMANDS, Supervisord, find_examples, run_command_line, wait_for
+from support import COMMANDS, Supervisord, find_examples, find_free_port, run_command_line, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / 'README.rst', *sorted((ROOT / 'docs').glob('*.rst'))]
 EXAMPLES = [example for page in PAGES for example in find_examples(page)]
 STARTED = ('program', 'eventlistener', 'group', 'fcgi-program')
-
-
-def find_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def prepare(text: str) -> RawConfigParser:

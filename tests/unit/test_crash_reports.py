@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 from inbox import CommandInbox
-from support import Run, acknowledge, make_event, run_in_process
+from support import Run, acknowledge, make_crash, make_event, run_in_process
 
 from superlance import crashmail
 
 STAMP = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}'
 FATAL = ('PROCESS_STATE_FATAL', 'processname:web groupname:site from_state:BACKOFF')
-
-
-def make_crash(program: str = 'web', group: str = '', expected: int = 0) -> tuple[str, str]:
-    return ('PROCESS_STATE_EXITED', f'processname:{program} groupname:{group or program} from_state:RUNNING '
-                                    f'expected:{expected} pid:123')
 
 
 def serve(*events: tuple[str, str], options: list[str]) -> Run:

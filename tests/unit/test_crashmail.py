@@ -213,13 +213,6 @@ def timers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTimer]:
     return FakeTimer.timers
 
 
-@pytest.fixture
-def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(threading.Thread, 'start', fail)
-
-
 class Sent:
     """What a Digest has sent."""
 

@@ -21,7 +21,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TIMEOUT, accept_all, serving
-from web import Answer, Site, and_hang, chunked, drip, hang, make_head, refusing, reset, response, stream
+from web import Answer, Site, and_hang, chunked, drip, hang, make_head, make_tls, refusing, reset, response, stream
 
 from superlance import __version__, fetch
 from superlance.fetch import FetchFailed, Request, Response, Search, TimedOut
@@ -670,12 +670,6 @@ def cafile(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp('ca') / 'ca.pem'
     ca.cert_pem.write_to_path(str(path))
     return str(path)
-
-
-def make_tls(ca: trustme.CA, *names: str, not_after: datetime | None = None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert(*(names or ('127.0.0.1', 'localhost')), not_after=not_after).configure_cert(context)
-    return context
 
 
 def make_site_tls(kind: str, ca: trustme.CA) -> ssl.SSLContext:

@@ -350,14 +350,6 @@ def test_transport_gets_the_time_that_the_listener_has_left(make_queue: Make) ->
     assert seconds == [math.inf, 5]
 
 
-@pytest.fixture
-def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, 'start', start)
-
-
 def test_notice_waits_until_a_thread_can_be_started(make_queue: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     queue, lines = make_queue(lambda subject: '')
     with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ import trustme
 from aiosmtpd.smtp import AuthResult, LoginPassword
 from inbox import SmtpController
 from support import read_until, serving, wait_for
-from web import reset
+from web import make_tls, reset
 
 from superlance import mail, smtp
 from superlance.notice import Notice, SendFailed
@@ -87,9 +87,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture(scope='module')
 def tls(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert('127.0.0.1', 'localhost').configure_cert(context)
-    return context
+    return make_tls(authority)
 
 
 @pytest.fixture
@@ -262,9 +260,7 @@ def test_certificate_of_an_unknown_ca(kind: str, user_info: str, tls: ssl.SSLCon
 
 @pytest.mark.usefixtures('_far_away', '_trusted')
 def test_certificate_of_another_host(authority: trustme.CA) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert('mail.example.com').configure_cert(context)
-    with make_server('smtps', context) as server:
+    with make_server('smtps', make_tls(authority, 'mail.example.com')) as server:
         assert 'CERTIFICATE_VERIFY_FAILED' in str(send_in_vain(server.url('smtps')))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 import re
 import socket
-import ssl
 import time
 from pathlib import Path
 from typing import Callable
@@ -15,7 +14,7 @@ import pytest
 import trustme
 from chat import Chat
 from hypothesis import given
-from web import Answer, and_hang, drip, hang, make_head, response
+from web import Answer, and_hang, drip, hang, make_head, make_tls, response
 
 from superlance import __version__, mail, webhook
 from superlance.notice import Notice, SendFailed
@@ -192,12 +191,6 @@ def test_user_name_and_password_in_the_url() -> None:
 
 
 # TLS.
-
-def make_tls(authority: trustme.CA, name: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(name).configure_cert(context)
-    return context
-
 
 def test_tls_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
