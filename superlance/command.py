@@ -79,7 +79,7 @@ def run_command(command: str | Sequence[str], seconds_left: SecondsLeft, message
 
 
 def run_ps(columns: Sequence[str], seconds: float, interrupt: ExitRequest | None = None) -> str:
-    """Return these columns of all processes, without a header; run_command raises CommandFailed.
+    """Return these columns of all processes, without a header. Raises CommandFailed.
 
     With an -o option for each: on the BSDs, the header after `pid=` extends to the end of the argument.
     """

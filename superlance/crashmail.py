@@ -231,9 +231,7 @@ def compose(reports: Sequence[Report], omitted: int = 0) -> tuple[str, str]:
         return reports[0].crash.subject, '\n'.join([*lines, '', reports[0].logs])
     titles = sorted({report.crash.title for report in reports})
     since = timestamp(reports[0].crash.when)[11:19]
-    subject = f'{len(reports)} crashes since {since}: {", ".join(titles[:NAMES_IN_SUBJECT])}'
-    if len(titles) > NAMES_IN_SUBJECT:
-        subject += f' and {len(titles) - NAMES_IN_SUBJECT} more'
+    subject = f'{len(reports)} crashes since {since}: {join_names(titles, NAMES_IN_SUBJECT)}'
     same_logs: dict[str, list[Crash]] = {}
     for report in reports:
         if report.logs:

@@ -317,9 +317,9 @@ def parse_text(text: str) -> str:
     return text
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Return at most three names, and how many more there are: `a, b, c and 2 more`."""
-    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+def join_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are: `a, b, c and 2 more`."""
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
 class Name(NamedTuple):

@@ -158,12 +158,9 @@ def find_log_problem(config: Config, stream: str) -> str:
     if path == 'none':
         redirected = stream == 'stderr' and config.get('redirect_stderr')
         return '' if redirected else f'there is none ({stream}_logfile=NONE)'
-    try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        is_file = True  # it may be created later, or the listener is not allowed to see it
-    # /dev/stdout of the listener is not that of supervisord.
-    return '' if is_file and not path.startswith(('/dev/', '/proc/')) else f'it goes to {path}'
+    from superlance.tail import is_device
+
+    return f'it goes to {path}' if is_device(path) else ''
 
 
 def find_hidden(processes: Iterable[Process], readable_pids: Container[int]) -> list[Process]:

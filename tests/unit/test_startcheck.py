@@ -149,6 +149,7 @@ def test_stop_time_is_that_of_what_may_be_restarted(wants: Wants, number: int) -
      'it goes to /dev/stdout', 'it goes to /dev/fd/2'),
     ({'stdout_logfile': '/proc/self/fd/1', 'stderr_logfile': '/dev/null'},
      'it goes to /proc/self/fd/1', 'it goes to /dev/null'),
+    ({'stdout_logfile': '/dev/shm/web.log'}, '', ''),
     ({'stdout_logfile': 'none', 'stderr_logfile': 'none'},
      'there is none (stdout_logfile=NONE)', 'there is none (stderr_logfile=NONE)'),
     ({'stdout_logfile': 'none', 'stdout_syslog': True}, 'it goes to syslog', ''),
