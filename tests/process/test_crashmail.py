@@ -71,6 +71,7 @@ def test_first_lines_of_the_log(start: Start) -> None:
 
 
 def test_explicit_mail_command_is_run_without_recipients(start: Start, inbox: CommandInbox) -> None:
+    """As superlance 2.0.0: the command knows where the mail goes."""
     start(recipient=False).crash()
     mail, = inbox.wait()
     assert mail['To'] is None

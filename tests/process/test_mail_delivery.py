@@ -82,16 +82,6 @@ def test_last_attempt_at_exit_succeeds(tmp_path: Path) -> None:
     assert len(inbox.mails) == 1
 
 
-def test_explicit_command_without_recipients(tmp_path: Path) -> None:
-    """As superlance 2.0.0: the command knows where the mail goes."""
-    inbox = CommandInbox(tmp_path)
-    with crashmail('-s', inbox.command) as listener:
-        listener.crash('web')
-        message, = inbox.wait()
-        assert listener.terminate() == 0
-    assert 'To' not in message and str(message['Subject']).startswith('web ')
-
-
 def test_exit_does_not_wait_for_servers_that_hang() -> None:
     connected = threading.Event()
 
