@@ -1,11 +1,12 @@
-"""Core dumps of the processes that httpok -d is about to restart."""
+"""Core dumps of the processes that httpok -d is about to restart, and what would keep it from writing them."""
 from __future__ import annotations
 
 import os
 import shlex
+import stat
 from typing import Sequence
 
-from superlance.command import CommandFailed, Deadline, decode_end, run_command
+from superlance.command import CommandFailed, Deadline, decode_end, is_command, run_command
 from superlance.listener import ExitRequest
 from superlance.rpc import Process
 
@@ -19,6 +20,31 @@ def parse_command(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as why:
         raise ValueError(f'{text!r} is not a command: {why}') from None
+
+
+def find_problems(directory: str, command: Sequence[str]) -> list[str]:
+    """Return what is wrong with the directory for core dumps and with the command that writes them."""
+    problems = [check_directory(directory)]
+    if not is_command(command[0]):
+        problems.append(f'core dump command "{command[0]}" not found: '
+                        'install it (gcore is part of gdb), or name another with -g')
+    return problems
+
+
+def check_directory(path: str) -> str:
+    """Return what is wrong with a directory for core dumps, which may contain passwords; '' if nothing is."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as why:
+        return f'core directory {path}: {why.strerror}; create it, and make it writable by uid {os.geteuid()}'
+    if not stat.S_ISDIR(mode):
+        return f'core directory {path} is not a directory'
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f'core directory {path} is not writable by uid {os.geteuid()}, the user of this listener'
+    if mode & stat.S_IWOTH:
+        return f'core directory {path} is writable by other users, who could read or replace core dumps: ' \
+               'use a directory that only this listener can write to'
+    return ''
 
 
 def make_file_name(title: str) -> str:

@@ -160,7 +160,7 @@ def describe_options(options: Options) -> str:
 def describe_wants(options: Options) -> Wants:
     """Return what is to be checked at start."""
     return Wants(names=options.names, tail=bool(options.tail_lines), warnings=options.warnings,
-                 find_mail_problem=lambda: mail.find_command_problem(options.mail))
+                 find_problems=lambda: [mail.find_command_problem(options.mail)])
 
 
 # Decide.

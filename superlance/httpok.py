@@ -85,9 +85,8 @@ import os
 import time
 from typing import Mapping, NamedTuple, Sequence
 
-from superlance import __version__, check, mail
+from superlance import __version__, check, coredump, mail
 from superlance.check import BackgroundFetch, Check, Verdict, decide, describe_check, probe, read_check
-from superlance.coredump import GCORE, parse_command, write_core_dump
 from superlance.fetch import Response
 from superlance.listener import Event, ExitRequest, exit_request, listen, make_log, one_line
 from superlance.options import (
@@ -139,7 +138,7 @@ OPTIONS = (
     Option('', 'max-restarts', parse_rate),
     Option('', 'dry-run'),
     Option('d', 'coredir', str),
-    Option('g', 'gcore', parse_command),
+    Option('g', 'gcore', coredump.parse_command),
     Option('n', 'name', str),
     Option('v', 'verbose'),
     *check.OPTIONS,
@@ -188,7 +187,7 @@ def build_options(given: Given, arguments: list[str]) -> Options:
         max_restarts=given.last('max-restarts'),
         dry_run='dry-run' in given,
         core_directory=given.last('coredir') or None,
-        gcore=given.last('gcore') or GCORE,
+        gcore=given.last('gcore') or coredump.GCORE,
         name=given.last('name') or None,
         verbose='verbose' in given,
         mail=settings,
@@ -220,11 +219,15 @@ def describe_options(options: Options) -> str:
 
 def describe_wants(options: Options) -> Wants:
     """Return what is checked at start."""
-    has_cores = options.core_directory is not None
     return Wants(
         names=options.names, supervisord=bool(options.names), restarts=bool(options.names) and not options.dry_run,
-        core_directory=options.core_directory, core_command=options.gcore if has_cores else (),
-        find_mail_problem=lambda: mail.find_command_problem(options.mail), warnings=options.warnings)
+        find_problems=lambda: find_local_problems(options), warnings=options.warnings)
+
+
+def find_local_problems(options: Options) -> list[str]:
+    """Return what is wrong with the mail command and with core dumps, or ''."""
+    cores = coredump.find_problems(options.core_directory, options.gcore) if options.core_directory else []
+    return [mail.find_command_problem(options.mail), *cores]
 
 
 # Act and report.
@@ -409,7 +412,7 @@ class Httpok:
 
     def _dump_core(self, process: Process) -> None:
         assert self._options.core_directory
-        lines = write_core_dump(process, self._options.core_directory, self._options.gcore, self._request)
+        lines = coredump.write_core_dump(process, self._options.core_directory, self._options.gcore, self._request)
         self._log(lines[0])
         self._lines += lines
 

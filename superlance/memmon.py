@@ -210,7 +210,7 @@ def describe_options(options: Options) -> str:
 def describe_wants(options: Options) -> Wants:
     """Return what is checked at start."""
     return Wants(names=[limit.name for limit in options.limits], restarts=not options.dry_run,
-                 find_mail_problem=lambda: mail.find_command_problem(options.mail), warnings=options.warnings)
+                 find_problems=lambda: [mail.find_command_problem(options.mail)], warnings=options.warnings)
 
 
 # Decide.

@@ -6,11 +6,9 @@ listener is needed.
 from __future__ import annotations
 
 import os
-import stat
 import time
 from typing import Any, Callable, Container, Iterable, Mapping, NamedTuple, Sequence
 
-from superlance.command import is_command
 from superlance.listener import ExitRequest, Log, exit_request
 from superlance.options import Name, join_names
 from superlance.rpc import (
@@ -55,44 +53,16 @@ class Wants(NamedTuple):
     supervisord: bool = True        # it makes calls to supervisord
     restarts: bool = False          # it may restart the processes that it watches
     tail: bool = False              # it reads their logs through supervisord
-    core_directory: str | None = None
-    core_command: Sequence[str] = ()
-    # Returns what is wrong with the mail command, in one line, or None or ''.
-    find_mail_problem: Callable[[], str | None] | None = None
+    # Returns what is wrong with the commands and directories that it uses, one line each, or ''.
+    find_problems: Callable[[], Iterable[str]] = tuple
     # Returns within so many seconds the pids whose memory can be read, or raises Unknown.
     read_pids: Callable[[float], Container[int]] | None = None
     warnings: Sequence[str] = ()    # of the command line, see options.Given
 
 
-# What can be checked without supervisord.
-
 def find_local_problems(wants: Wants) -> list[Problem]:
-    """Check the command line, the mail command, the core directory and the core dump command."""
-    texts: list[str | None] = list(wants.warnings)
-    if wants.find_mail_problem:
-        texts.append(wants.find_mail_problem())
-    if wants.core_directory is not None:
-        texts.append(check_core_directory(wants.core_directory))
-    if wants.core_command and not is_command(wants.core_command[0]):
-        texts.append(f'core dump command "{wants.core_command[0]}" not found: '
-                     'install it (gcore is part of gdb), or name another with -g')
-    return [Problem(text) for text in texts if text]
-
-
-def check_core_directory(path: str) -> str | None:
-    """Return what is wrong with a directory for core dumps, which may contain passwords."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as why:
-        return f'core directory {path}: {why.strerror}; create it, and make it writable by uid {os.geteuid()}'
-    if not stat.S_ISDIR(mode):
-        return f'core directory {path} is not a directory'
-    if not os.access(path, os.W_OK | os.X_OK):
-        return f'core directory {path} is not writable by uid {os.geteuid()}, the user of this listener'
-    if mode & stat.S_IWOTH:
-        return f'core directory {path} is writable by other users, who could read or replace core dumps: ' \
-               'use a directory that only this listener can write to'
-    return None
+    """Return what is wrong, as far as it can be found without supervisord."""
+    return [Problem(text) for text in (*wants.warnings, *wants.find_problems()) if text]
 
 
 # What supervisord knows. A process of the listener's own group is never watched.

@@ -1,13 +1,15 @@
 """Core dumps: their files, their command and what is said about them."""
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from support import write_script
 
 from superlance import coredump
-from superlance.coredump import make_file_name, write_core_dump
+from superlance.coredump import check_directory, find_problems, make_file_name, write_core_dump
 from superlance.listener import ExitRequest
 from superlance.rpc import Process
 
@@ -27,6 +29,27 @@ WEB = Process('web', 'web', PID, 20, 'RUNNING', 1000, 1100, '')
 ])
 def test_make_file_name(title: str, expected: str) -> None:
     assert make_file_name(title) == expected
+
+
+def test_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_directory(str(tmp_path)) == ''
+    file = tmp_path / 'file'
+    file.touch()
+    assert check_directory(str(file)) == f'core directory {file} is not a directory'
+    missing = tmp_path / 'none'
+    assert check_directory(str(missing)) == (
+        f'core directory {missing}: No such file or directory; create it, and make it writable by uid {os.geteuid()}')
+    tmp_path.chmod(0o777)
+    assert check_directory(str(tmp_path)).startswith(f'core directory {tmp_path} is writable by other users')
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)     # root may write anywhere
+    assert check_directory(str(tmp_path)).startswith(f'core directory {tmp_path} is not writable by uid ')
+
+
+def test_command_that_is_not_installed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert find_problems(str(tmp_path), [sys.executable, '-o']) == ['']
+    assert find_problems(str(tmp_path), ['nonexistent-gcore', '-o']) == ['', (
+        'core dump command "nonexistent-gcore" not found: install it (gcore is part of gdb), or name another with -g')]
 
 
 def dump_core(script: Path, *words: str) -> list[str]:

@@ -114,15 +114,17 @@ def test_the_first_line_of_the_log(argv: list[str], expected: str) -> None:
         f'httpok {__version__}: checks {URL} (timeout 10s, expects status 200); {expected}'
 
 
-@pytest.mark.parametrize(('argv', 'supervisord', 'restarts', 'core_command'), [
-    ([], False, False, ()),
-    (['-p', 'web'], True, True, ()),
-    (['-p', 'web', '--dry-run', '-d', '/cores'], True, False, ['/usr/bin/gcore', '-o']),
+@pytest.mark.parametrize(('argv', 'supervisord', 'restarts', 'problems'), [
+    ([], False, False, []),
+    (['-p', 'web', '-g', '/nonexistent'], True, True, []),
+    (['-p', 'web', '--dry-run', '-d', '/nonexistent', '-g', 'sh'], True, False, ['core directory /nonexistent: ']),
+    (['-d', '/', '-g', '/nonexistent'], False, False, ['core dump command "/nonexistent" not found: ']),
 ])
-def test_what_is_checked_at_start(argv: list[str], supervisord: bool, restarts: bool, core_command: Any) -> None:
+def test_what_is_checked_at_start(argv: list[str], supervisord: bool, restarts: bool, problems: list[str]) -> None:
     wants = httpok.describe_wants(build(*argv))
-    assert (wants.supervisord, wants.restarts, wants.core_command) == (supervisord, restarts, core_command)
-    assert wants.find_mail_problem is not None and not wants.find_mail_problem()
+    assert (wants.supervisord, wants.restarts) == (supervisord, restarts)
+    found = list(filter(None, wants.find_problems()))
+    assert len(found) == len(problems) and all(map(str.startswith, found, problems)), found
 
 
 # The listener.

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from pathlib import Path
 from typing import Any, Callable, Container, Sequence
 
@@ -14,10 +13,8 @@ from superlance.options import EVERY, Name, parse_name
 from superlance.rpc import Process, Refused, State, Unknown
 from superlance.startcheck import (
     Config,
-    Problem,
     StartCheck,
     Wants,
-    check_core_directory,
     check_logs,
     check_once,
     check_stop_time,
@@ -60,33 +57,10 @@ def test_no_wants_are_no_problem() -> None:
 
 
 def test_warnings_of_the_command_line_and_the_mail_command() -> None:
-    wants = Wants(warnings=['ignored argument'], find_mail_problem=lambda: 'no such mail command')
+    wants = Wants(warnings=['ignored argument'], find_problems=lambda: ['no such mail command', ''])
     assert [problem.line for problem in find_local_problems(wants)] == [
         'warning: ignored argument', 'warning: no such mail command']
     assert not any(problem.fatal for problem in find_local_problems(wants))
-    assert find_local_problems(Wants(find_mail_problem=lambda: None)) == []
-
-
-def test_core_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_core_directory(str(tmp_path)) is None
-    file = tmp_path / 'file'
-    file.touch()
-    assert check_core_directory(str(file)) == f'core directory {file} is not a directory'
-    missing = tmp_path / 'none'
-    assert check_core_directory(str(missing)) == (
-        f'core directory {missing}: No such file or directory; create it, and make it writable by uid {os.geteuid()}')
-    tmp_path.chmod(0o777)
-    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is writable by other users')
-    monkeypatch.setattr(os, 'access', lambda path, mode: False)     # root may write anywhere
-    assert str(check_core_directory(str(tmp_path))).startswith(f'core directory {tmp_path} is not writable by uid ')
-    wants = Wants(core_directory=str(file))
-    assert find_local_problems(wants) == [Problem(f'core directory {file} is not a directory')]
-
-
-def test_core_dump_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_local_problems(Wants(core_command=[sys.executable, '-o'])) == []
-    assert [problem.text for problem in find_local_problems(Wants(core_command=['nonexistent-gcore', '-o']))] == [
-        'core dump command "nonexistent-gcore" not found: install it (gcore is part of gdb), or name another with -g']
 
 
 # With supervisord's configuration.
