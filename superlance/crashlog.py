@@ -117,8 +117,8 @@ class Calls:
     none for a minute, because events are waiting.
     """
 
-    def __init__(self, environment: Mapping[str, str], make: Callable[..., Supervisor] = Supervisor,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, environment: Mapping[str, str], make: Callable[..., Supervisor],
+                 clock: Callable[[], float]) -> None:
         self._environment = environment
         self._make = make
         self._clock = clock
@@ -151,7 +151,7 @@ class Calls:
 class Processes:
     """The processes of supervisord: which names occur in several groups, and which logs are shared."""
 
-    def __init__(self, calls: Calls, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, calls: Calls, clock: Callable[[], float]) -> None:
         self._calls = calls
         self._clock = clock
         self._infos: dict[str, Mapping[str, Any]] = {}      # by namespec
@@ -197,7 +197,7 @@ class ExitReasons:
     """Finds exit statuses and signals in supervisord's own log."""
 
     def __init__(self, calls: Calls, processes: Processes, log: Log,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float]) -> None:
         self._calls = calls
         self._processes = processes
         self._log = log

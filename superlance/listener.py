@@ -192,7 +192,7 @@ def take_streams(request: ExitRequest) -> tuple[TextIO, int]:
 
 
 def listen(program: str, handle: Callable[[Event], None], finish: Callable[[], None],
-           at_start: Callable[[], None] = lambda: None) -> int:
+           at_start: Callable[[], None]) -> int:
     """Serve supervisord's events until the end of input or a signal; return the exit status.
 
     handle is called with every event, before the event is acknowledged; at_start is called once, after the

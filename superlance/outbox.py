@@ -275,9 +275,8 @@ def _locate(why: Exception) -> str:
 class Outbox:
     """Sends each notice by mail, to the webhook, or both."""
 
-    def __init__(self, settings: Settings, program: str, log: Log, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self._queues = [Queue(what, to, partial(send, settings, program), program, log, clock)
+    def __init__(self, settings: Settings, program: str, log: Log) -> None:
+        self._queues = [Queue(what, to, partial(send, settings, program), program, log, time.monotonic)
                         for what, to, send in find_transports(settings)]
 
     def put(self, subject: str, body: str, server: str = '') -> None:
@@ -288,7 +287,7 @@ class Outbox:
 
     def close(self) -> None:
         """Give everything that waits one last attempt, all within 5 s, and log what remains."""
-        end_at = self._clock() + CLOSE_SECONDS
+        end_at = time.monotonic() + CLOSE_SECONDS
         for queue in self._queues:
             queue.begin_close(end_at)
         for queue in self._queues:

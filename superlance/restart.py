@@ -64,8 +64,8 @@ class Outcome(NamedTuple):
     text: str
 
 
-def make_outcome(process: Process, result: Result, reason: str = '') -> Outcome:
-    """Return the Outcome whose text is its result, the process and, if there is one, the reason."""
+def make_outcome(process: Process, result: Result, reason: str) -> Outcome:
+    """Return the Outcome whose text is its result, the process and, unless it is '', the reason."""
     what = f'left {process.title} alone' if result is Result.LEFT_ALONE else f'{result.value} {process.title}'
     return Outcome(process, result, f'{what}: {reason}' if reason else what)
 

@@ -9,7 +9,7 @@ import os
 import time
 from typing import Any, Callable, Container, Iterable, Mapping, NamedTuple, Sequence
 
-from superlance.listener import ExitRequest, Log, exit_request
+from superlance.listener import ExitRequest, Log
 from superlance.options import Name, join_names
 from superlance.rpc import (
     Process,
@@ -173,7 +173,7 @@ class StartCheck:
     """
 
     def __init__(self, program: str, wants: Wants, environment: Mapping[str, str], log: Log,
-                 interrupt: ExitRequest = exit_request, clock: Callable[[], float] = time.monotonic,
+                 interrupt: ExitRequest, clock: Callable[[], float] = time.monotonic,
                  supervisor: Supervisor | None = None) -> None:
         self._program = program
         self._wants = wants

@@ -383,7 +383,7 @@ def test_invalid_header_ends_the_loop_with_one_line_and_status_1() -> None:
 
 
 def test_loop_runs_under_supervisord_only() -> None:
-    status, output, log = run_in_process(lambda: listen('test', lambda event: None, lambda: None),
+    status, output, log = run_in_process(lambda: listen('test', lambda event: None, lambda: None, lambda: None),
                                          environment={'SUPERVISOR_SERVER_URL': ''})
     assert (status, output, log.count('\n')) == (1, b'', 1)
     assert log.startswith('test must be started by supervisord') and '--once' in log

@@ -352,7 +352,8 @@ def test_memory_reader_that_fails_is_a_warning(world: World) -> None:
 
 def test_check_without_a_fake_asks_the_supervisord_of_the_environment(capfd: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
-    check = StartCheck('memmon', Wants(), {'SUPERVISOR_SERVER_URL': 'unix:///nonexistent.sock'}, lines.append)
+    check = StartCheck('memmon', Wants(), {'SUPERVISOR_SERVER_URL': 'unix:///nonexistent.sock'}, lines.append,
+                       ExitRequest())
     check.run()
     assert len(lines) == 1
     assert lines[0].startswith('warning: supervisord at unix:///nonexistent.sock does not answer getAllConfigInfo')

@@ -69,8 +69,8 @@ Read = Callable[..., str]
 @pytest.fixture
 def read(supervisord: FakeSupervisord) -> Read:
     """Return the function that reads the logs of web after a crash; it knows its logs from the start."""
-    calls = Calls({}, supervisord)  # type: ignore[arg-type]
-    processes = Processes(calls)
+    calls = Calls({}, supervisord, time.monotonic)  # type: ignore[arg-type]
+    processes = Processes(calls, time.monotonic)
     readers: dict[int, ProcessLogs] = {}
 
     def read(lines: int = 5, namespec: str = 'web:web', pid: object = 10) -> str:
