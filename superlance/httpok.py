@@ -329,7 +329,7 @@ class Httpok:
             except Unknown as why:
                 trouble = f'nothing restarted: {why}'
         self._lines = [verdict.text, trouble] if trouble else [verdict.text]
-        self._refuse_at_exit(verdict)
+        self._skip_at_exit(verdict)
         if options.grace_seconds and are_all_in_grace(watched, options.grace_seconds):
             self._log(f'{options.check.url}: {verdict.text} (grace period)')
             if outage.note_bad_in_grace(self._failed_at):
@@ -346,7 +346,7 @@ class Httpok:
 
     def _act(self, verdict: Verdict, watched: Sequence[Process], trouble: str, check_began: float) -> None:
         if not self._options.names and self._outage.wants_mail({Kind.NOTHING}, self._failed_at):
-            self._refuse_at_shutdown(verdict)
+            self._skip_at_shutdown(verdict)
         self._log(f'{self._options.check.url}: {verdict.text}')
         outcomes, left = [], []
         for process in watched:
@@ -355,9 +355,9 @@ class Httpok:
             outcomes.append(outcome or self._restart(process))
         kinds = find_kinds(outcomes)
         if kinds == {Kind.NOTHING} and watched:
-            self._refuse_at_exit(verdict)
+            self._skip_at_exit(verdict)
             if any(outcome.result is Result.LEFT_ALONE for outcome in self._reported):
-                self._refuse_at_shutdown(verdict)   # it may be the reason
+                self._skip_at_shutdown(verdict)   # it may be the reason
         left_alone = trouble or describe_left_alone(left)
         if left_alone and left_alone != self._left_alone:
             self._log(left_alone)
@@ -393,16 +393,16 @@ class Httpok:
                 raise Skipped(f'{self._options.check.url}: not checked: {why}') from why
             raise Unknown(str(why)) from why
 
-    def _refuse_at_shutdown(self, verdict: Verdict) -> None:
+    def _skip_at_shutdown(self, verdict: Verdict) -> None:
         """Raise Skipped if supervisord is shutting down: it then answers every call with SHUTDOWN_STATE."""
         try:
             self._supervisor.call_in_helper([('getState',)], STATE_SECONDS, self._request)
         except (Refused, Unknown) as why:
             if is_shutting_down(why):
                 raise self._make_skipped(verdict) from why
-        self._refuse_at_exit(verdict)
+        self._skip_at_exit(verdict)
 
-    def _refuse_at_exit(self, verdict: Verdict) -> None:
+    def _skip_at_exit(self, verdict: Verdict) -> None:
         if self._request.requested:
             raise Skipped(f'{self._options.check.url}: {verdict.text} (ignored: httpok is shutting down)')
 
