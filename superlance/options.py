@@ -174,8 +174,11 @@ def run_script(program: str, usage: str, table: Sequence[Option],
 
 
 def _complain(line: str) -> None:
-    with suppress(OSError):     # there is nobody to read it; the exit status says enough
+    try:
         sys.stderr.write(line + '\n')
+        sys.stderr.flush()
+    except OSError:     # there is nobody to read it; the exit status says enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # so that Python's own flush at exit succeeds
 
 
 def parse_size(text: str) -> int:

@@ -15,7 +15,8 @@ settings.load_profile('superlance')
 @pytest.fixture(autouse=True, scope='session')
 def _own_environment() -> None:
     for name in list(os.environ):
-        if name.startswith(('SUPERVISOR_', 'SUPERLANCE_')):
+        # Output is buffered, and modules are compiled once, as a user has it.
+        if name.startswith(('SUPERVISOR_', 'SUPERLANCE_')) or name in ('PYTHONUNBUFFERED', 'PYTHONDONTWRITEBYTECODE'):
             del os.environ[name]
 
 
