@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from inbox import CommandInbox
-from support import TIMEOUT, Listener, Supervisord, run_command_line, wait_for, write_script
+from support import TIMEOUT, Listener, Supervisord, make_patient, run_command_line, wait_for, write_script
 
 LISTENER = """
 [eventlistener:crashmail]
@@ -37,7 +37,7 @@ def run(tmp_path: Path, inbox: CommandInbox) -> Iterator[Run]:
 
     def run(options: str, programs: str, **arguments: Any) -> Supervisord:
         listener = LISTENER % {'command': inbox.command, 'options': options, 'folder': tmp_path}
-        running.append(Supervisord(tmp_path, listener + programs, **arguments))
+        running.append(Supervisord(tmp_path, listener + programs, environment=make_patient(tmp_path), **arguments))
         return running[-1]
     yield run
     for supervisord in running:

@@ -9,7 +9,18 @@ from typing import Any, Iterator
 
 import pytest
 from inbox import CommandInbox, SmtpInbox
-from support import COMMANDS, READY, RESULT, Listener, Supervisord, find_free_port, read, wait_for, write_script
+from support import (
+    COMMANDS,
+    READY,
+    RESULT,
+    Listener,
+    Supervisord,
+    find_free_port,
+    make_patient,
+    read,
+    wait_for,
+    write_script,
+)
 
 SENDMAIL = '/usr/sbin/sendmail'
 
@@ -51,7 +62,7 @@ def start(folder: Path, sections: str) -> Supervisord:
     """Start a supervisord whose listeners find the commands on PATH, as those of the manual's examples do."""
     (folder / 'program.py').write_text(PROGRAM, 'utf-8')
     return Supervisord(folder, sections, environment={
-        'HOME': '/nonexistent', 'PATH': f"{COMMANDS}:{os.environ['PATH']}", 'PYTHONUTF8': '1'})
+        'HOME': '/nonexistent', 'PATH': f"{COMMANDS}:{os.environ['PATH']}", 'PYTHONUTF8': '1', **make_patient(folder)})
 
 
 def program(name: str, task: str, argument: Any = 0, more: str = '') -> str:
