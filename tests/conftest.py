@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
+from typing import Iterator
 
 import pytest
 from hypothesis import settings
@@ -26,3 +28,10 @@ def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
     monkeypatch.setattr(threading.Thread, 'start', fail)
+
+
+@pytest.fixture(autouse=True)
+def _default_timeout() -> Iterator[None]:
+    """superlance.rpc sets the timeout of all new sockets: supervisor's connections have none of their own."""
+    yield
+    socket.setdefaulttimeout(None)

@@ -318,6 +318,8 @@ def test_operator_takes_over_what_was_left_down(rig: Rig, tmp_path: Path) -> Non
         listener.tick()
         listener.wait_for_log('failed to start web')
         rig.supervisord.rpc.startProcess('web')
+        # A SIGTERM between supervisord's fork and exec would be lost.
+        wait_for(lambda: count_starts(tmp_path) == 2)
         rig.supervisord.rpc.stopProcess('web')
         listener.tick()
         listener.wait_for_log('left web alone: somebody else has stopped it')

@@ -37,14 +37,6 @@ PAIRS = [('shop', 'db'), ('shop', 'web'), ('pool', 'pool_0'), ('pool', 'pool_1')
 SECONDS = 20
 
 
-@pytest.fixture(autouse=True)
-def _default_timeout() -> Iterator[None]:
-    """Supervisor.call sets the timeout of all new sockets."""
-    before = socket.getdefaulttimeout()
-    yield
-    socket.setdefaulttimeout(before)
-
-
 # Names and processes.
 
 @pytest.mark.parametrize(('name', 'resolved'), [
