@@ -113,7 +113,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
         yield running
 
 
-@pytest.mark.full_demo
+@pytest.mark.once
 @pytest.mark.timeout(90)
 def test_it_shows_the_three_listeners_at_work_and_keeps_its_folder_with_keep(tmp_path: Path) -> None:
     with Demo(tmp_path, '-m', 'superlance.demo', '--keep', tmpdir='50 %s of 100%') as demo:

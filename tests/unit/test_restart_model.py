@@ -473,6 +473,7 @@ def run_schedule(seed: int) -> Schedule:
     return schedule
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('part', range(PARTS))
 def test_restarts_in_random_schedules(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restart, 'POLL_SECONDS', 0.5)
