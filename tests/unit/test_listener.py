@@ -338,6 +338,17 @@ def test_loop_serves_events_until_the_end_or_a_signal(payloads: list[str], outpu
     assert called == ['start', *expected, 'finish']
 
 
+def test_event_is_handled_before_it_is_acknowledged() -> None:
+    """supervisord sends an event again if the listener exits before that."""
+    reader, writer = os.pipe()
+    seen = []
+    run_in_process(lambda: listen('test', lambda event: seen.append(os.read(reader, 100)), lambda: None, lambda: None),
+                   make_event('TICK_5', '1') * 2, stdout=writer)
+    os.close(reader)
+    os.close(writer)
+    assert seen == [READY, RESULT + READY]
+
+
 def test_signal_during_the_start_ends_the_loop_before_the_first_event() -> None:
     run, called = serve('1', at_start=lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert (run.status, run.output, called) == (0, READY, ['start', 'finish'])
