@@ -15,6 +15,7 @@ LISTENER = """
 [eventlistener:crashmail]
 command=BIN/crashmail -m bob@example.com -s "%(command)s" %(options)s
 events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL
+buffer_size=100
 stderr_logfile=%(folder)s/crashmail.log
 """
 # Its n-th run exits with status n after a coloured line.
@@ -123,7 +124,7 @@ startsecs=0
 """)
     wait_for(lambda: supervisord.log.count('entered RUNNING state') >= number + 4, 'all processes')
     expected = {}
-    # The first crash imports what the others need; on a busy machine that takes longer than the buffer lasts.
+    # The first crash imports what the others need.
     os.kill(supervisord.info('q:0')['pid'], signal.SIGKILL)
     wait_for_crashes(tmp_path, 1)
     infos = [info for info in supervisord.rpc.getAllProcessInfo() if info['group'] == 'p']
