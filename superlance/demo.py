@@ -5,8 +5,7 @@ its own supervisord in a temporary directory, with a program that leaks memory,
 one that hangs and one that crashes, and prints what the three listeners do.
 Mail is not sent, but written to a file and printed.
 
-      --keep  Keep the directory with the configuration, the logs and the mail
-              (default: remove it).
+      --keep  Keep the directory with all its files (default: remove it).
   -h, --help  Print this text.
 
 The exit status is 0 if each listener has done its job.
@@ -237,8 +236,8 @@ def run(command_line: tuple[Given, list[str]]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(f'\nAll processes have exited, after {time.monotonic() - transcript.started:.0f}s.')
     if 'keep' in given:
-        command = [sys.executable, '-m', 'supervisor.supervisord', '-n']
-        print(f'To run it again: cd {shlex.quote(str(folder))} &&', *map(shlex.quote, command))
+        python = shlex.quote(sys.executable)
+        print(f'To run it again: cd {shlex.quote(str(folder))} && {python} -m supervisor.supervisord -n')
     return 128 + transcript.signals[0] if transcript.signals else 1 if trouble else 0
 
 
