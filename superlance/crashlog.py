@@ -28,8 +28,9 @@ REUSE_SECONDS = 5.0
 PROCESSES_SECONDS = 60.0
 
 # supervisord can't send a text that begins within a UTF-8 character. Each failure appends a traceback to its log, which
-# also moves the window: if by 3n + 2 bytes, windows that shrink by 1 byte would always begin within a 3-byte character.
-WINDOWS_BYTES = (65536, 65535, 65534, 65532, 4096)
+# moves the window, so that most texts need about 3 attempts. If a traceback is a multiple of a character, which has 4
+# bytes at most, the window begins at a character in one of 4 sizes.
+WINDOWS_BYTES = [65536 - number // 8 for number in range(32)]
 LEVEL = ' [A-Z]{4} '
 STAMP = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}' + LEVEL
 CHANNELS = ('stdout', 'stderr')

@@ -243,7 +243,7 @@ def test_log_that_was_rotated_while_the_event_waited(supervisord: FakeSupervisor
     supervisord.log = exited('web', FOUR)
     assert find('web', logged - 9) == ''        # perhaps that of the process after it
     assert find('web', logged + 9) == FOUR      # the log goes back to when none waited
-    supervisord.failures['readLog'] = [Unknown('no answer')] * 9
+    supervisord.failures['readLog'] = [Unknown('no answer')] * 99
     assert find('web', logged - 1) == ''
     supervisord.failures.clear()
     assert find('web', logged - 1) == ''
@@ -347,21 +347,20 @@ def test_reason_why_supervisord_gave_up_without_its_log(supervisord: FakeSupervi
     assert supervisord.find(pid='') == TOO_QUICKLY
 
 
-def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkeypatch: pytest.MonkeyPatch) -> None:
-    supervisord.log = '日' * 30000 + '\n' + spawned('web', 10) + exited('web', THREE)
-    failed = []
-
+@pytest.mark.parametrize('traceback_bytes', range(1200, 1212))
+@pytest.mark.parametrize('letter', ['é', '日', '😀'])
+def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkeypatch: pytest.MonkeyPatch, letter: str,
+                                            traceback_bytes: int) -> None:
     def call(method: str, *arguments: Any) -> Any:
         try:
             return FakeSupervisord.call(supervisord, method, *arguments)
         except UnicodeDecodeError as why:
-            failed.append(method)
+            supervisord.log += 'x' * (traceback_bytes - 1) + '\n'
             raise Unknown('answered readLog with 500 Internal Server Error') from why
     monkeypatch.setattr(supervisord, 'call', call)
-    for _ in range(3):
-        supervisord.log = 'x' + supervisord.log + 'x'
+    for cut_bytes in range(4):
+        supervisord.log = letter * 30000 + '\n' + 'x' * cut_bytes + '\n' + spawned('web', 10) + exited('web', THREE)
         assert supervisord.find() == THREE
-    assert 0 < len(failed) <= 6
 
 
 @pytest.mark.parametrize(('failure', 'line'), [
