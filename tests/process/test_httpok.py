@@ -169,10 +169,11 @@ def test_a_hanging_dns_lookup_is_abandoned_and_has_one_thread(tmp_path: Path, in
 def test_a_lack_of_file_descriptors_is_not_an_outage(inbox: CommandInbox) -> None:
     with Site(response(), response(), FAILING) as site, \
             Listener(['httpok', *mail_to(inbox), site.url()]) as listener:
-        listener.tick()
-        listener.expect(b'READY\n')
+        listener.serve_event('PROCESS_GROUP_ADDED', 'groupname:web\n')     # when it is served, the listener is idle
         limits = resource.prlimit(listener.pid, resource.RLIMIT_NOFILE)
         used = max(map(int, os.listdir(f'/proc/{listener.pid}/fd'))) + 1
+        listener.tick()     # imports what a check needs
+        listener.expect(b'READY\n')
         for spare in range(3):  # none for the thread's pipe, half a pipe, none for the socket
             resource.prlimit(listener.pid, resource.RLIMIT_NOFILE, (used + spare, limits[1]))
             listener.send_event('TICK_5', f'when:{int(time.time()) + 1}')

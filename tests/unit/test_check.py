@@ -276,12 +276,25 @@ def test_no_descriptor_or_no_thread_is_unknown(monkeypatch: pytest.MonkeyPatch) 
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    descriptors = len(os.listdir('/dev/fd'))
+    made: list[int] = []
+    closed: list[int] = []
+    real_pipe, real_close = os.pipe, os.close
+
+    def make_pipe() -> tuple[int, int]:
+        made.extend(real_pipe())
+        return made[-2], made[-1]
+
+    def close(fd: int) -> None:
+        closed.append(fd)
+        real_close(fd)
+
     with monkeypatch.context() as patch:
+        patch.setattr(os, 'pipe', make_pipe)
+        patch.setattr(os, 'close', close)
         patch.setattr(threading.Thread, 'start', fail)
         with pytest.raises(Unknown, match="can't start new thread"):
             get_in_background(make_background(), 'http://127.0.0.1:1/')
-    assert len(os.listdir('/dev/fd')) == descriptors
+    assert len(made) == 2 and set(made) <= set(closed)
 
     def no_pipe() -> tuple[int, int]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
