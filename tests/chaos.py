@@ -289,7 +289,7 @@ class Night:
     def end(self) -> list[str]:
         """Shut supervisord down, and return what is left behind."""
         os.kill(self.supervisord.pid, signal.SIGTERM)
-        self.supervisord.process.wait(60)
+        self.supervisord.wait()
         wait_for(lambda: not self._find_processes(), self._describe_left, 10)
         known = {'hang', 'broken', 'mail', 'mails', 'supervisord.conf', 'supervisord.log', 'supervisord.pid'}
         return [f'left behind: {path.name}' for path in sorted(self.folder.iterdir())

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
+import supervisord_process
 from supervisor import childutils
 
 from superlance.listener import SIGNALS, exit_request
@@ -290,11 +291,10 @@ class Supervisord:
                          'supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n')
         parts.append(sections.replace('PYTHON', PYTHON).replace('BIN/', COMMANDS + '/'))
         self.configuration.write_text('\n'.join(parts), 'utf-8')
-        self.process = subprocess.Popen(
-            [PYTHON, '-m', 'supervisor.supervisord', '-n', '-c', str(self.configuration)], cwd=folder,
-            env={**os.environ, **(environment or {}), **self._mark},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.pid = self.process.pid
+        self._process = supervisord_process.start(self.configuration,
+                                                  {**os.environ, **(environment or {}), **self._mark})
+        assert self._process.pid
+        self.pid = self._process.pid
         try:
             if interface and own_server and not server:
                 wait_for(self._answers, lambda: self.log)
@@ -312,19 +312,24 @@ class Supervisord:
 
     def stop(self) -> None:
         """Kill supervisord and all its processes: an orderly shutdown takes a second or two."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        self._process.kill()
+        self.wait()
         kill_marked(self._mark)
+
+    def wait(self) -> int:
+        """Wait until supervisord has exited and return its exit status."""
+        self._process.join(TIMEOUT)
+        assert self._process.exitcode is not None, self.log
+        return self._process.exitcode
 
     def _accepts(self) -> bool:
         """Return whether supervisord accepts connections: a while after the socket's file appears."""
-        assert self.process.poll() is None, read(self.log_path)
+        assert self._process.is_alive(), read(self.log_path)
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.socket)) == 0
 
     def _answers(self) -> bool:
-        assert self.process.poll() is None, read(self.log_path)
+        assert self._process.is_alive(), read(self.log_path)
         try:
             return bool(self.rpc.getState())
         except OSError:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from inbox import CommandInbox
-from support import TIMEOUT, Listener, Supervisord, make_patient, run_command_line, wait_for, write_script
+from support import Listener, Supervisord, make_patient, run_command_line, wait_for, write_script
 
 LISTENER = """
 [eventlistener:crashmail]
@@ -210,7 +210,7 @@ command=sh -c 'trap "exit 5" TERM; while true; do sleep 0.1; done'
 """)
     wait_for_crashes(tmp_path, 1)   # that of db, which is not watched
     (tmp_path / 'go').write_bytes(b'')
-    assert supervisord.process.wait(TIMEOUT) == 0
+    assert supervisord.wait() == 0
     assert len(inbox.mails) == 1
     mail, = inbox.mails
     assert mail['Subject'].startswith('web crashed at ')
@@ -222,7 +222,7 @@ command=sh -c 'trap "exit 5" TERM; while true; do sleep 0.1; done'
 
 def test_shutdown_when_supervisord_gives_up_starting_a_program(tmp_path: Path, run: Run, inbox: CommandInbox) -> None:
     supervisord = run('--shutdown', '[program:missing]\ncommand=/nonexistent/program\nstartretries=0\n')
-    assert supervisord.process.wait(TIMEOUT) == 0
+    assert supervisord.wait() == 0
     assert inbox.subjects[0].startswith('missing is FATAL: ')
 
 

@@ -391,8 +391,8 @@ def wait_until_listening(supervisord: Supervisord) -> dict[str, int]:
 def test_listeners_exit_when_supervisord_shuts_down(tmp_path: Path) -> None:
     with Supervisord(tmp_path, ALL_THREE) as supervisord:
         pids = wait_until_listening(supervisord)
-        supervisord.process.terminate()
-        assert supervisord.process.wait(30) == 0
+        os.kill(supervisord.pid, signal.SIGTERM)
+        assert supervisord.wait() == 0
         assert 'stopped: memmon' in supervisord.log
         assert 'SIGKILL' not in supervisord.log
         assert not any(map(is_alive, pids.values()))
@@ -402,8 +402,8 @@ def test_listeners_exit_when_supervisord_shuts_down(tmp_path: Path) -> None:
 def test_listeners_exit_when_supervisord_is_killed(tmp_path: Path) -> None:
     with Supervisord(tmp_path, ALL_THREE) as supervisord:
         pids = wait_until_listening(supervisord)
-        supervisord.process.kill()
-        supervisord.process.wait()
+        os.kill(supervisord.pid, signal.SIGKILL)
+        supervisord.wait()
         for pid in pids.values():
             wait_for(lambda: not is_alive(pid))
     assert not any('Traceback' in read(tmp_path / f'{name}.log') for name in THREE)
@@ -417,8 +417,8 @@ def test_supervisord_that_shuts_down_during_a_restart(tmp_path: Path) -> None:
             listener.expect(b'READY\n')
             listener.send_event('TICK_5', f'when:{int(time.time())}')
             supervisord.wait_for_state('web', 'STOPPING')
-            supervisord.process.terminate()
-            assert supervisord.process.wait(30) == 0
+            os.kill(supervisord.pid, signal.SIGTERM)
+            assert supervisord.wait() == 0
             listener.expect(b'RESULT 2\nOK')
             assert listener.close() == 0
             assert 'Traceback' not in listener.log and 'restarted web' not in listener.log
