@@ -1,4 +1,4 @@
-"""Build the sdist and the wheel, install each into a new environment, and run what was installed.
+"""Build the sdist, and the wheel from it; install that into a new environment, and run what was installed.
 
 `tox -e package` runs it. twine and docutils check the page for the package index.
 """
@@ -31,15 +31,19 @@ def check_sdist(sdist: Path) -> None:
     assert expected <= names, f'missing in the sdist: {sorted(expected - names)}'
 
 
-def install(package: Path, folder: Path) -> Path:
-    """Install a package and what it requires into a new environment and return its Python."""
+def install(package: Path, folder: Path) -> None:
+    """Install a package and what it requires into a new environment, and run what it installs.
+
+    The demo runs to its end in the tests.
+    """
     venv.create(folder)
     python = folder / 'bin' / 'python'
     run(sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', package, folder=folder)
+    run(sys.executable, '-m', 'pip', '--python', python, 'check', folder=folder)
+    run(python, '-m', 'superlance.demo', '--help', folder=folder)
     for command in COMMANDS:
         printed = run(folder / 'bin' / command, '--version', folder=folder)
         assert printed.split()[0] == command, printed
-    return python
 
 
 def main() -> None:
@@ -52,9 +56,7 @@ def main() -> None:
         for page in [ROOT / 'README.rst', *(ROOT / 'docs').glob('*.rst')]:
             run(sys.executable, '-m', 'docutils', '--halt=2', page, folder / 'page.html')
         check_sdist(sdist)
-        install(sdist, folder / 'from_sdist')
-        # With nothing installed but what superlance itself requires.
-        run(install(wheel, folder / 'from_wheel'), '-m', 'superlance.demo', folder=folder)
+        install(wheel, folder / 'installed')
 
 
 if __name__ == '__main__':
