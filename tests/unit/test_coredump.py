@@ -64,6 +64,19 @@ def test_a_core_dump_has_mode_0600_and_its_command_gets_no_shell(tmp_path: Path)
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize('name', ['$(touch${IFS}x)', 'a"b\'c', '..', '.hidden', '-o', 'a&touch${IFS}x&', 'a\\b'])
+def test_a_core_dump_of_a_process_with_an_unusual_name_reaches_no_shell_and_stays_in_the_directory(
+        name: str, tmp_path: Path) -> None:
+    script = write_script(tmp_path / 'gcore', 'touch "$1.$2"\n')
+    cores = tmp_path / 'here' / 'cores'
+    cores.mkdir(parents=True)
+    before = sorted(os.listdir(tmp_path)), sorted(os.listdir())
+    write_core_dump(WEB._replace(group=name, program=name), str(cores), [str(script)], ExitRequest())
+    assert os.listdir(cores) == [f'{make_file_name(name)}.{PID}']
+    assert os.listdir(cores.parent) == ['cores']
+    assert (sorted(os.listdir(tmp_path)), sorted(os.listdir())) == before
+
+
 def test_a_core_dump_in_another_place(tmp_path: Path) -> None:
     assert dump_core(write_script(tmp_path / 'gcore', 'exit 0\n')) == ['wrote a core dump of web']
     assert dump_core(write_script(tmp_path / 'gcore', ': > "$1"\n')) == [f'wrote a core dump of web to {tmp_path}/web']

@@ -449,6 +449,13 @@ def test_shutdown_after_a_crash_of_a_watched_process(monkeypatch: pytest.MonkeyP
         'web (pid 7) exited unexpectedly: exit status 3'] * 2
 
 
+def test_shutdown_when_supervisord_gives_up_starting_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, '--shutdown')
+    rig.crash(name=FATAL)
+    rig.crashmail.finish()
+    assert rig.supervisord.calls == ['shutdown']
+
+
 def test_crashes_are_reported_until_the_shutdown_is_accepted(
         monkeypatch: pytest.MonkeyPatch, timers: list[FakeTimer]) -> None:
     rig = Rig(monkeypatch, '--shutdown', shutdown_answers=[NO_ANSWER])

@@ -1,6 +1,7 @@
 """httpok: its options, and the listener in-process, between a scripted check and a pretended supervisord."""
 from __future__ import annotations
 
+import re
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any, Callable, Sequence, Union
 import pytest
 from support import write_script
 
-from superlance import __version__, httpok, mail
+from superlance import __version__, coredump, httpok, mail
 from superlance.fetch import FetchFailed, Response
 from superlance.listener import Event, ExitRequest
 from superlance.options import EVERY, Name, Rate, UsageError, read_argv
@@ -558,6 +559,20 @@ def test_a_core_dump_precedes_the_restart_and_is_mailed(make_rig: Callable[..., 
     rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web', '-d', str(tmp_path), '-g', str(script))
     assert rig.tick(500)[0] == [BAD_LINE, 'wrote a core dump of web', 'restarted web']
     assert f'\n{BAD_LINE}\nwrote a core dump of web\nsaved\nweb (' in rig.mails[0][1]
+
+
+def test_a_signal_interrupts_the_core_dump_command(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch,
+                                                   tmp_path: Path) -> None:
+    def write_core_dump(*arguments: Any) -> list[str]:
+        arguments[-1].requested = True
+        return really_write(*arguments)
+    really_write = coredump.write_core_dump
+    monkeypatch.setattr(coredump, 'write_core_dump', write_core_dump)
+    script = write_script(tmp_path / 'gcore', 'exec sleep 600\n')
+    rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web', '-d', str(tmp_path), '-g', str(script))
+    log, mails = rig.tick(500)
+    assert re.fullmatch('unable to write a core dump of web: .*: interrupted, .*', log[1])
+    assert (log[2:], mails, rig.supervisor.calls) == ([f'{BAD_LINE} (ignored: httpok is shutting down)'], [], [])
 
 
 # --once

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Callable, Sequence
 
 import pytest
@@ -235,11 +236,13 @@ class Doubles:
         self.exit_after = 99
         self._monkeypatch = monkeypatch
 
-    def make(self, *argv: str) -> memmon.Memmon:
+    def make(self, *argv: str, restarts: bool = False) -> memmon.Memmon:
+        """Return a listener; restarts: its restarter is the real one."""
         listener = memmon.Memmon(build(*argv), {'SUPERVISOR_GROUP_NAME': 'own'}, self.request)
         for attribute, double in (('_supervisor', self), ('_read_memory', self._read_memory), ('_outbox', self)):
             self._monkeypatch.setattr(listener, attribute, double)
-        self._monkeypatch.setattr(listener._restarter, 'restart', self._restart)
+        if not restarts:
+            self._monkeypatch.setattr(listener._restarter, 'restart', self._restart)
         self._monkeypatch.setattr(listener._start_check, 'run_again', lambda: None)
         return listener
 
@@ -270,6 +273,9 @@ class Doubles:
 
     def put(self, subject: str, body: str, server: str) -> None:
         self.mails.append((subject, body))
+
+    def close(self) -> None:
+        self.mails.append(('closed', ''))
 
 
 @pytest.fixture
@@ -401,6 +407,32 @@ def test_stale_tick_and_tick_after_a_retry_check_nothing(doubles: Doubles, monke
             patch.setattr(listener._restarter, method, lambda *event: True)
             listener.handle(TICK)
     assert doubles.lists == 0
+
+
+def test_dry_run_and_restart_limit_are_reported_with_the_memory_of_each_process(doubles: Doubles) -> None:
+    listener = doubles.make('-p', 'web=1KB', '-p', 'db=2KB', '--dry-run', '--max-restarts=1/1h', restarts=True)
+    doubles.used_bytes = {5: 2 * KB, 6: 3 * KB, 8: 4 * KB}
+    for _ in range(2):
+        listener.handle(TICK)
+    doubles.processes[0] = make_process('web:web', 8)
+    for _ in range(2):
+        listener.handle(TICK)
+    lines = [(subject, re.sub(r'; .* in [^(]*', ' ', body.partition('\n')[0])) for subject, body in doubles.mails]
+    assert lines == [
+        ('memmon: dry run: process web:web not restarted',
+         'dry run: would have restarted web (pid 5: 2.0KB, over its limit of 1.0KB)'),
+        ('memmon: dry run: process db:db not restarted',
+         'dry run: would have restarted db (pid 6: 3.0KB, over its limit of 2.0KB)'),
+        ('memmon: process web:web left alone',
+         'left web alone: restart limit reached (1 in 1h) (pid 8: 4.0KB, over its limit of 1.0KB)')]
+
+
+def test_at_exit_what_was_left_down_is_started_before_the_mail_is_sent(
+        doubles: Doubles, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = doubles.make('-a', '1KB')
+    monkeypatch.setattr(listener._restarter, 'finish', lambda: doubles.put('restarted', '', ''))
+    listener.finish()
+    assert [subject for subject, _ in doubles.mails] == ['restarted', 'closed']
 
 
 def report(doubles: Doubles, result: Result, *argv: str, uptime: int = 10) -> list[tuple[str, str]]:
