@@ -220,8 +220,8 @@ def describe_options(options: Options) -> str:
 def describe_wants(options: Options) -> Wants:
     """Return what is checked at start."""
     return Wants(
-        names=options.names, supervisord=bool(options.names), restarts=bool(options.names) and not options.dry_run,
-        find_problems=lambda: find_local_problems(options), warnings=options.warnings)
+        names=options.names, restarts=not options.dry_run, find_problems=lambda: find_local_problems(options),
+        warnings=options.warnings)
 
 
 def find_local_problems(options: Options) -> list[str]:

@@ -10,12 +10,10 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TextIO
-
-if TYPE_CHECKING:
-    import threading
+from typing import Any, Callable, NamedTuple, TextIO
 
 Log = Callable[[str], None]
 
@@ -89,11 +87,6 @@ class ExitRequest:
         """Return the file descriptor that becomes readable with the first signal after install()."""
         return self._open_pipe()[0]
 
-    def wait(self, seconds: float) -> None:
-        """Wait, at most until exit is requested."""
-        if not self.requested:
-            select.select([self], [], [], seconds)
-
     def _open_pipe(self) -> tuple[int, int]:
         # Not at import: if stdin is closed, the pipe would get file descriptor 0.
         if self._pipe is None:
@@ -108,8 +101,6 @@ exit_request = ExitRequest()
 
 def start_timer(seconds: float, fire: Callable[[], None]) -> threading.Timer | None:
     """Call fire in so many seconds, on a daemon thread; return None if no thread could be started."""
-    import threading
-
     timer = threading.Timer(seconds, fire)
     timer.daemon = True
     try:

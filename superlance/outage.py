@@ -118,18 +118,20 @@ class Outage:
 
 # Which processes to restart, and what became of them.
 
+UP = (State.STARTING, State.RUNNING, State.BACKOFF)     # or about to be
+
+
 def is_in_grace(process: Process, grace_seconds: float) -> bool:
     """Return whether a process is starting or up for less than its grace period.
 
     A start in the future does not count: the clock has been set back.
     """
-    is_up = process.state in (State.STARTING, State.RUNNING, State.BACKOFF)
-    return is_up and 0 <= process.now - process.start < grace_seconds
+    return process.state in UP and 0 <= process.now - process.start < grace_seconds
 
 
 def are_all_in_grace(processes: Sequence[Process], grace_seconds: float) -> bool:
     """Return whether every process that is RUNNING, or about to be, is in its grace period, and there is one."""
-    up = [process for process in processes if process.state in (State.STARTING, State.RUNNING, State.BACKOFF)]
+    up = [process for process in processes if process.state in UP]
     return bool(up) and all(is_in_grace(process, grace_seconds) for process in up)
 
 

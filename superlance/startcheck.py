@@ -24,8 +24,8 @@ from superlance.rpc import (
 )
 
 CHECK_SECONDS = 5
-FIRST_RETRY_SECONDS = 60
-LAST_RETRY_SECONDS = 3600
+# When supervisord is asked again: at the first event, unless it did not answer, and then after these times.
+RETRY_SECONDS = (0, 60, 120, 240, 480, 960, 1920, 3600)
 # How much longer than a program's own stop its restart may take.
 RESTART_SECONDS = 20
 
@@ -49,8 +49,7 @@ class Problem(NamedTuple):
 class Wants(NamedTuple):
     """What a listener needs to do its job, as far as this can be checked."""
 
-    names: Sequence[Name] = ()      # the processes that it watches
-    supervisord: bool = True        # it makes calls to supervisord
+    names: Sequence[Name] = ()      # the processes that it watches; none: it makes no calls to supervisord
     restarts: bool = False          # it may restart the processes that it watches
     tail: bool = False              # it reads their logs through supervisord
     # Returns what is wrong with the commands and directories that it uses, one line each, or ''.
@@ -183,10 +182,10 @@ class StartCheck:
         self._interrupt = interrupt
         self._clock = clock
         self._logged: set[str] = set()
-        self._config_pending = wants.supervisord
+        self._config_pending = bool(wants.names)
         self._memory_pending = wants.read_pids is not None
         self._next_try = 0.0
-        self._retry_seconds: float = 0      # the first retry is at the first event
+        self._tries = 0
         self._has_hidden = False
 
     def run(self) -> None:
@@ -232,9 +231,9 @@ class StartCheck:
         except (Unknown, Refused) as why:
             if not (is_shutting_down(why) or self._interrupt.requested):
                 self._report([Problem(str(why))])
-            self._retry_seconds = self._retry_seconds or FIRST_RETRY_SECONDS
-        self._next_try = self._clock() + self._retry_seconds
-        self._retry_seconds = min(max(2 * self._retry_seconds, FIRST_RETRY_SECONDS), LAST_RETRY_SECONDS)
+            self._tries = max(self._tries, 1)
+        self._next_try = self._clock() + RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)]
+        self._tries += 1
 
     def _check(self, answers: Mapping[tuple[str], Any], deadline: float) -> None:
         if self._config_pending:
@@ -255,7 +254,7 @@ class StartCheck:
 def check_once(program: str, wants: Wants, supervisor: Supervisor, environment: Mapping[str, str]) -> list[Problem]:
     """Return what StartCheck would log, except about memory."""
     problems = find_local_problems(wants)
-    if wants.supervisord:
+    if wants.names:
         try:
             configs = supervisor.call('getAllConfigInfo')
         except (Unknown, Refused) as why:

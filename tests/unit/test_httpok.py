@@ -115,15 +115,15 @@ def test_the_first_line_of_the_log(argv: list[str], expected: str) -> None:
         f'httpok {__version__}: checks {URL} (timeout 10s, expects status 200); {expected}'
 
 
-@pytest.mark.parametrize(('argv', 'supervisord', 'restarts', 'problems'), [
-    ([], False, False, []),
-    (['-p', 'web', '-g', '/nonexistent'], True, True, []),
-    (['-p', 'web', '--dry-run', '-d', '/nonexistent', '-g', 'sh'], True, False, ['core directory /nonexistent: ']),
-    (['-d', '/', '-g', '/nonexistent'], False, False, ['core dump command "/nonexistent" not found: ']),
+@pytest.mark.parametrize(('argv', 'names', 'restarts', 'problems'), [
+    ([], [], True, []),
+    (['-p', 'web', '-g', '/nonexistent'], ['web'], True, []),
+    (['-p', 'web', '--dry-run', '-d', '/nonexistent', '-g', 'sh'], ['web'], False, ['core directory /nonexistent: ']),
+    (['-d', '/', '-g', '/nonexistent'], [], True, ['core dump command "/nonexistent" not found: ']),
 ])
-def test_what_is_checked_at_start(argv: list[str], supervisord: bool, restarts: bool, problems: list[str]) -> None:
+def test_what_is_checked_at_start(argv: list[str], names: list[str], restarts: bool, problems: list[str]) -> None:
     wants = httpok.describe_wants(build(*argv))
-    assert (wants.supervisord, wants.restarts) == (supervisord, restarts)
+    assert (list(map(str, wants.names)), wants.restarts) == (names, restarts)
     found = list(filter(None, wants.find_problems()))
     assert len(found) == len(problems) and all(map(str.startswith, found, problems)), found
 

@@ -265,25 +265,6 @@ def test_second_signal_changes_nothing_but_the_status(request_to_exit: ExitReque
     assert (request_to_exit.requested, request_to_exit.exit_status) == (True, 128 + signal.SIGHUP)
 
 
-def test_wait_returns_early_when_exit_is_requested(request_to_exit: ExitRequest) -> None:
-    request_to_exit.wait(0.01)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    before = time.monotonic()
-    os.kill(os.getpid(), signal.SIGTERM)
-    request_to_exit.wait(60)
-    request_to_exit.wait(60)
-    assert time.monotonic() - before < 30
-
-
-def test_wait_without_installed_handlers_takes_its_time() -> None:
-    request = ExitRequest()
-    before = time.monotonic()
-    request.wait(0.02)
-    assert time.monotonic() - before >= 0.02
-    for fd in request._open_pipe():
-        os.close(fd)
-
-
 def test_signal_just_before_a_read_ends_the_input(request_to_exit: ExitRequest) -> None:
     """The handler has run, and nothing will interrupt the read."""
     reader, writer = os.pipe()

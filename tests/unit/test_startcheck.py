@@ -240,7 +240,7 @@ def test_problems_are_logged_once(world: World) -> None:
 
 
 def test_supervisord_is_not_asked_by_a_listener_that_does_not_need_it(world: World) -> None:
-    check = world.make(Wants(supervisord=False))
+    check = world.make(Wants())
     check.run()
     check.run_again()
     assert world.supervisor.calls == []
@@ -264,7 +264,7 @@ def test_supervisord_that_does_not_answer_is_logged_once_and_asked_again_later(w
 
 def test_retries_are_at_most_an_hour_apart(world: World) -> None:
     world.supervisor.errors = [Unknown('no answer')] * 99
-    check = world.make(Wants())
+    check = world.make(Wants([EVERY]))
     check.run()
     for _ in range(1200):
         world.now += 60
@@ -280,7 +280,7 @@ def test_retries_are_at_most_an_hour_apart(world: World) -> None:
 def test_shutdown_is_not_a_problem(world: World, error: Exception, requested: bool) -> None:
     world.supervisor.errors = [error]
     world.request.requested = requested
-    world.make(Wants()).run()
+    world.make(Wants([EVERY])).run()
     assert world.lines == []
 
 
@@ -352,7 +352,7 @@ def test_memory_reader_that_fails_is_a_warning(world: World) -> None:
 
 def test_check_without_a_fake_asks_the_supervisord_of_the_environment(capfd: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
-    check = StartCheck('memmon', Wants(), {'SUPERVISOR_SERVER_URL': 'unix:///nonexistent.sock'}, lines.append,
+    check = StartCheck('memmon', Wants([EVERY]), {'SUPERVISOR_SERVER_URL': 'unix:///nonexistent.sock'}, lines.append,
                        ExitRequest())
     check.run()
     assert len(lines) == 1
@@ -373,13 +373,14 @@ def test_once_returns_the_same_problems() -> None:
     assert [fatal for _, fatal in problems] == [False, True, False]
     assert [line[:30] for line, _ in problems] == [
         'warning: ignored argument', 'warning: no process matches "w', 'warning: stopwaitsecs=10 of me']
-    assert run_check_once(Wants(supervisord=False), supervisor) == []
+    assert run_check_once(Wants(), supervisor) == []
 
 
 def test_once_without_supervisord() -> None:
     supervisor = FakeSupervisor()
     supervisor.errors = [Unknown('no answer')]
-    assert run_check_once(Wants(warnings=['x']), supervisor) == [('warning: x', False), ('warning: no answer', True)]
+    wants = Wants([EVERY], warnings=['x'])
+    assert run_check_once(wants, supervisor) == [('warning: x', False), ('warning: no answer', True)]
 
 
 @pytest.mark.parametrize(('command', 'environment', 'own'), [
