@@ -10,6 +10,7 @@ from typing import Sequence
 
 import pytest
 from support import TIMEOUT, is_alive, read, wait_for, write_script
+from table import for_each
 
 from superlance import command as module
 from superlance.command import CommandFailed, Deadline, is_command, run_command
@@ -46,7 +47,7 @@ def test_output_of_a_command(command: str | Sequence[str], message: bytes, outpu
     assert found == output, (len(found), found[-99:])
 
 
-@pytest.mark.parametrize(('command', 'failure'), [
+@for_each('command, failure', [
     ('exit 3', 'exit 3: exit status 3'),
     ('echo one; echo two >&2; exit 75', 'echo one; echo two >&2; exit 75: exit status 75: one | two'),
     (['sh', '-c', 'kill -9 $$'], 'sh -c kill -9 $$: terminated by signal 9'),

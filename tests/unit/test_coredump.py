@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import write_script
+from table import for_each
 
 from superlance import coredump
 from superlance.coredump import check_directory, find_problems, make_file_name, write_core_dump
@@ -17,7 +18,7 @@ PID = 7
 WEB = Process('web', 'web', PID, 20, 'RUNNING', 1000, 1100, '')
 
 
-@pytest.mark.parametrize(('title', 'expected'), [
+@for_each('title, expected', [
     ('web', 'web'),
     ('site:web_00', 'site:web_00'),
     ('grün-1.2@a+b', 'grün-1.2@a+b'),

@@ -9,6 +9,7 @@ from typing import Any, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from table import for_each
 
 from superlance import crashlog
 from superlance.crashlog import (
@@ -93,7 +94,7 @@ def test_reason_of_an_exit(text: str, alone: str, among_others: str) -> None:
     assert find_reason(entries, '10', False) == among_others
 
 
-@pytest.mark.parametrize('name', ["we'b(x)", 'w.b', 'größe', 'a+b[c]', 'web\\d', '$', '日本'])
+@for_each('name', ["we'b(x)", 'w.b', 'größe', 'a+b[c]', 'web\\d', '$', '日本'])
 def test_reason_of_an_exit_of_a_process_with_an_odd_name(name: str) -> None:
     text = spawned('web', 10) + spawned(name, 11) + exited('web', FOUR) + exited(name, THREE)
     assert find_reason(read_entries(text, name), '11', True) == THREE

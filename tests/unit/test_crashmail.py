@@ -7,6 +7,7 @@ from typing import Any, Callable, Sequence
 
 import pytest
 from support import NO_SUPERVISORD, run_in_process
+from table import for_each
 
 from superlance import crashlog, crashmail, mail
 from superlance.crashlog import Details
@@ -46,7 +47,7 @@ def test_options_by_default() -> None:
         mail=mail.Settings(), once=False, configuration=None, warnings=())
 
 
-@pytest.mark.parametrize(('argv', 'field', 'value'), [
+@for_each('argv, field, value', [
     (['-a'], 'names', (EVERY,)),
     (['-p', 'web', '--program=bar:x', '-p', 'bar:*'], 'names',
      (Name(None, 'web'), Name('bar', 'x'), Name('bar', None))),
@@ -89,7 +90,7 @@ def test_first_line_of_the_log(argv: list[str], line: str) -> None:
 
 # Decide.
 
-@pytest.mark.parametrize(('name', 'payload', 'crash'), [
+@for_each('name, payload, crash', [
     (EXITED, 'processname:web groupname:web from_state:RUNNING expected:0 pid:123', CRASHED),
     (EXITED, 'processname:x groupname:bar from_state:RUNNING expected:0 pid:7', Crash('bar', 'x', '7', NOW)),
     (EXITED, 'pid:123 expected:0 from_state:RUNNING groupname:web processname:web', CRASHED),
@@ -112,7 +113,7 @@ def test_which_events_are_crashes(name: str, payload: str, crash: Crash | None) 
     assert find_crash(Event(name, payload, 'supervisor', NOW)) == crash
 
 
-@pytest.mark.parametrize(('name', 'payload'), [
+@for_each('name, payload', [
     (EXITED, ''),
     (EXITED, 'processname:web groupname:web from_state:RUNNING'),
     (EXITED, 'processname:web groupname:web from_state:RUNNING expec'),
@@ -128,7 +129,7 @@ def test_events_that_cannot_be_parsed(name: str, payload: str) -> None:
     assert str(why.value) == f'unable to parse a {name} event: {payload!r}'
 
 
-@pytest.mark.parametrize(('argv', 'watched'), [
+@for_each('argv, watched', [
     ([], ['web:web', 'bar:x', 'baz:x', 'baz:web']),
     (['-p', 'x'], ['bar:x', 'baz:x']),
     (['-p', 'bar:x'], ['bar:x']),

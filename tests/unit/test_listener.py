@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import READY, RESULT, Run, acknowledge, make_event, run_in_process
+from table import CHARACTERS, SURROGATES, for_each
 
 from superlance import listener
 from superlance.listener import (
@@ -30,7 +31,7 @@ from superlance.listener import (
 # Text.
 
 
-@pytest.mark.parametrize(('text', 'expected'), [
+@for_each('text, expected', [
     ('', ''),
     ('plain text', 'plain text'),
     ('größe 日本', 'größe 日本'),
@@ -44,7 +45,7 @@ def test_printable_escapes_line_ends_and_control_characters(text: str, expected:
     assert printable(text) == expected
 
 
-@pytest.mark.parametrize(('text', 'expected'), [
+@for_each('text, expected', [
     ('', ''),
     ('one', 'one'),
     ('  one  ', 'one'),
@@ -59,7 +60,7 @@ def test_one_line_joins_lines(text: object, expected: str) -> None:
     assert one_line(text) == expected
 
 
-@given(st.text(st.characters(exclude_categories=())))
+@given(st.text(CHARACTERS + SURROGATES))
 def test_one_line_of_any_text_is_a_printable_line(text: str) -> None:
     assert one_line(text).isprintable()
     assert len(one_line(text).splitlines()) <= 1
@@ -176,7 +177,7 @@ def test_len_of_event_counts_characters(size: int) -> None:
     assert all(before <= event.received <= time.time() for event in found)
 
 
-@given(payloads=st.lists(st.text(max_size=50), max_size=5),
+@given(payloads=st.lists(st.text(CHARACTERS, max_size=50), max_size=5),
        sizes=st.lists(st.integers(1, 40), min_size=1, max_size=20))
 def test_events_in_pieces_of_any_size_are_read_whole(payloads: list[str], sizes: list[int]) -> None:
     data = b''.join(map(make_tick, payloads))

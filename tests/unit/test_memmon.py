@@ -7,6 +7,7 @@ from typing import Any, Callable, Sequence
 
 import pytest
 from support import NO_SUPERVISORD, acknowledge, make_event, run_in_process
+from table import for_each
 
 from superlance import __version__, mail, memmon
 from superlance.listener import Event, ExitRequest
@@ -29,7 +30,7 @@ def make_process(namespec: str = 'web:web', pid: int = 7, state: State = State.R
 
 # Options.
 
-@pytest.mark.parametrize(('text', 'limit'), [
+@for_each('text, limit', [
     ('foo=200MB', Limit(Name(None, 'foo'), 200 * MB)),
     ('foo=4096', Limit(Name(None, 'foo'), 4096)),
     ('foo=1.5g', Limit(Name(None, 'foo'), 3 * GB // 2)),
@@ -104,7 +105,7 @@ def test_options_by_default() -> None:
     assert options.mail.recipients == ()
 
 
-@pytest.mark.parametrize(('argv', 'field', 'value'), [
+@for_each('argv, field, value', [
     (['-c'], 'cumulative', True),
     (['--cumulative'], 'cumulative', True),
     (['-u', '90'], 'uptime_seconds', 90),
@@ -162,7 +163,7 @@ PROCESSES = [make_process(name) for name in (
     'bar:foo', 'bar:db', 'foo:foo', 'pool:pool_0', 'pool:pool_1', 'y:x', 'x:other')]
 
 
-@pytest.mark.parametrize(('argv', 'namespec', 'limit_bytes'), [
+@for_each('argv, namespec, limit_bytes', [
     (['-a', '1'], 'bar:foo', 1),
     (['-a', '1', '-a', '2'], 'bar:foo', 2),
     (['-g', 'bar=3', '-a', '1'], 'bar:foo', 3),
@@ -197,7 +198,7 @@ def test_the_most_specific_limit_applies(argv: list[str], namespec: str, limit_b
     assert memmon.find_limit(limits, group, program) == limit_bytes
 
 
-@pytest.mark.parametrize(('process', 'used_bytes', 'limit_bytes', 'verdict'), [
+@for_each('process, used_bytes, limit_bytes, verdict', [
     (make_process(), 2, 1, memmon.OVER),
     (make_process(), 1, 1, 'ok'),
     (make_process(), 2, None, 'not watched'),

@@ -6,6 +6,7 @@ from typing import Any, Union
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from table import for_each
 
 from superlance import outage
 from superlance.outage import Kind, Outage
@@ -48,7 +49,7 @@ def play(events: list[tuple[float, Event]], failures: int = 1, grace: float = 0,
     return mails
 
 
-@pytest.mark.parametrize(('events', 'options', 'mails'), [
+@for_each('events, options, mails', [
     # ok, bad, fewer than --failures in a row
     ([(5, BAD), (10, BAD)], {'failures': 3}, []),
     # ok, bad, --failures reached: act, mail
@@ -158,7 +159,7 @@ def make_outcome(name: str, result: Result) -> Outcome:
     return Outcome(make_process(name), result, '')
 
 
-@pytest.mark.parametrize(('process', 'expected'), [
+@for_each('process, expected', [
     (make_process(uptime=59), True),
     (make_process(uptime=60), False),
     (make_process(uptime=0), True),
@@ -175,7 +176,7 @@ def test_is_in_grace(process: Process, expected: bool) -> None:
 YOUNG, OLD, STOPPED = make_process(uptime=5), make_process(uptime=500), make_process(state=State.STOPPED)
 
 
-@pytest.mark.parametrize(('processes', 'expected'), [
+@for_each('processes, expected', [
     ([YOUNG], True), ([YOUNG, YOUNG], True), ([YOUNG, OLD], False), ([OLD], False), ([], False), ([STOPPED], False),
     ([YOUNG, STOPPED], True), ([make_process(state=State.STARTING, uptime=5)], True),
     ([make_process(state=State.STARTING, uptime=500)], False), ([make_process(state=State.STARTING), YOUNG], False),
@@ -184,7 +185,7 @@ def test_are_all_in_grace(processes: list[Process], expected: bool) -> None:
     assert outage.are_all_in_grace(processes, 60) == expected
 
 
-@pytest.mark.parametrize(('process', 'grace', 'check_began', 'expected'), [
+@for_each('process, grace, check_began, expected', [
     (OLD, 60, 0, None),
     (YOUNG, 0, 0, None),
     (YOUNG, 60, 0, 'left alone: grace period of 1m'),
@@ -218,7 +219,7 @@ def test_describe_left_alone() -> None:
     assert outage.describe_left_alone([]) == ''
 
 
-@pytest.mark.parametrize(('outcomes', 'summary', 'kinds', 'restarts'), [
+@for_each('outcomes, summary, kinds, restarts', [
     ([], '', {NOTHING}, 0),
     ([('web', Result.RESTARTED)], 'restarted web', {RESTARTED}, 1),
     ([(name, Result.RESTARTED) for name in 'abc'], 'restarted a, b, c', {RESTARTED}, 3),

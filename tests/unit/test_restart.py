@@ -10,6 +10,7 @@ from typing import Any, Iterator
 
 import pytest
 from support import TIMEOUT, wait_for, write_script
+from table import for_each
 
 from superlance import restart
 from superlance.listener import Event, ExitRequest
@@ -116,7 +117,7 @@ class Rig:
 
 # What to do next about a process that was stopped here.
 
-@pytest.mark.parametrize(('state', 'pid', 'start', 'step'), [
+@for_each('state, pid, start, step', [
     (State.RUNNING, 100, 1000, Step.UNTOUCHED),
     (State.RUNNING, 101, 1005, Step.DONE),
     (State.RUNNING, 101, 1000, Step.DONE),      # restarted within the second in which it had started
@@ -142,7 +143,7 @@ def test_next_step_if_no_start_is_open(state: State, pid: int, start: int, step:
     assert find_next_step(stopped, make_process(became(state, pid=pid, start=start))) is step
 
 
-@pytest.mark.parametrize(('answer', 'state', 'start', 'step'), [
+@for_each('answer, state, start, step', [
     (ACCEPTED, State.RUNNING, 1000, Step.DONE),     # whatever its pid: the start was accepted
     (LOST, State.RUNNING, 1000, Step.UNTOUCHED),
     (ACCEPTED, State.FATAL, 1005, Step.FAILED),
@@ -324,7 +325,7 @@ def test_each_new_reason_of_a_failed_start_is_reported_once() -> None:
                          'restarted g:web']
 
 
-@pytest.mark.parametrize(('later', 'text'), [
+@for_each('later, text', [
     (became(State.FATAL, start=1070), 'left g:web alone: somebody else has started it, and it is now FATAL'),
     (became(State.EXITED, start=1070), 'left g:web alone: somebody else has started it, and it is now EXITED'),
     (became(State.STOPPED, start=1070), 'left g:web alone: somebody else has stopped it'),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Container, Sequence
 
 import pytest
+from table import for_each
 
 from superlance.listener import ExitRequest
 from superlance.options import EVERY, Name, parse_name
@@ -65,7 +66,7 @@ def test_warnings_of_the_command_line_and_the_mail_command() -> None:
 
 # With supervisord's configuration.
 
-@pytest.mark.parametrize(('names', 'lines'), [
+@for_each('names, lines', [
     (['EVERY', 'web', 'web:web', 'web:*', 'pool_1'], []),
     (['wbe'], ['warning: no process matches "wbe"']),
     (['wbe', 'wbe'], ['warning: no process matches "wbe"']),
@@ -116,7 +117,7 @@ def test_stop_time_is_that_of_what_may_be_restarted(wants: Wants, number: int) -
     assert [problem.text.partition(' of memmon ')[0] for problem in problems] == ['stopwaitsecs=10'] * number
 
 
-@pytest.mark.parametrize(('values', 'stdout', 'stderr'), [
+@for_each('values, stdout, stderr', [
     ({}, '', ''),
     ({'stdout_logfile': 'auto', 'stderr_logfile': 'auto'}, '', ''),
     ({'stdout_logfile': '/dev/stdout', 'stderr_logfile': '/dev/fd/2'},
