@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from superlance.listener import ExitRequest, Log, timestamp
-from superlance.rpc import Refused, Supervisor, Unknown, make_process
+from superlance.rpc import HttpError, Refused, Supervisor, Unknown, make_process
 
 if TYPE_CHECKING:
     from superlance.tail import ProcessLogs
@@ -326,17 +326,18 @@ class ExitReasons:
 
     def _read(self) -> None:
         """Read the end of supervisord's log. Raises Unknown and Refused."""
-        failures = []
+        failure = None
         for window_bytes in WINDOWS_BYTES:
             started = self._clock()
             try:
                 self._text = self._calls.call('readLog', -window_bytes, 0)
-            except Unknown as why:
-                failures.append(why)
+            except HttpError as why:
+                failure = why
             else:
                 self._read_at = started
                 return
-        raise failures[0]
+        assert failure
+        raise failure
 
 
 class Details(NamedTuple):

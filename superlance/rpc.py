@@ -44,6 +44,10 @@ class Unknown(Exception):
     """Something could not be found out, which is not the same as bad; the message is one line."""
 
 
+class HttpError(Unknown):
+    """supervisord answered with an HTTP status other than 200 and 401, as it does if it fails to send a text."""
+
+
 class Refused(Exception):
     """supervisord answered with a fault; `fault` is its name in supervisor.xmlrpc.Faults."""
 
@@ -165,7 +169,7 @@ class Supervisor:
         except ProtocolError as why:
             if why.errcode == 401:
                 raise Unknown(self._describe_401()) from None
-            raise Unknown(f'supervisord at {shown} answered {method} with {why.errcode} {why.errmsg}') from None
+            raise HttpError(f'supervisord at {shown} answered {method} with {why.errcode} {why.errmsg}') from None
         except PermissionError as why:
             raise Unknown(f"uid {os.getuid()} is not allowed to open supervisord's socket {shown}: see chmod and chown "
                           "in [unix_http_server], or user in the listener's section") from why

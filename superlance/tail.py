@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Sequence
 
 from superlance.options import count
-from superlance.rpc import Refused, Unknown, is_shutting_down, make_process
+from superlance.rpc import HttpError, Refused, Unknown, is_shutting_down, make_process
 
 if TYPE_CHECKING:
     from superlance.crashlog import Calls, Processes
@@ -148,7 +148,7 @@ class ProcessLogs:
         while first < size:
             try:
                 return str(self._calls.call(f'readProcess{channel.capitalize()}Log', namespec, first, size - first))
-            except Unknown:
+            except HttpError:
                 # It can't send a text that begins within a character, which has 4 bytes at most.
                 first += 1
                 if first > last:

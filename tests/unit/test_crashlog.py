@@ -22,7 +22,7 @@ from superlance.crashlog import (
     find_reason,
     read_entries,
 )
-from superlance.rpc import Refused, Unknown
+from superlance.rpc import HttpError, Refused, Unknown
 
 STAMP = '2026-11-22 05:02:11,123'
 TOO_QUICKLY = 'Exited too quickly (process log may have details)'
@@ -244,7 +244,7 @@ def test_log_that_was_rotated_while_the_event_waited(supervisord: FakeSupervisor
     supervisord.log = exited('web', FOUR)
     assert find('web', logged - 9) == ''        # perhaps that of the process after it
     assert find('web', logged + 9) == FOUR      # the log goes back to when none waited
-    supervisord.failures['readLog'] = [Unknown('no answer')] * 99
+    supervisord.failures['readLog'] = [Unknown('no answer')]
     assert find('web', logged - 1) == ''
     supervisord.failures.clear()
     assert find('web', logged - 1) == ''
@@ -357,7 +357,7 @@ def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkey
             return FakeSupervisord.call(supervisord, method, *arguments)
         except UnicodeDecodeError as why:
             supervisord.log += 'x' * (traceback_bytes - 1) + '\n'
-            raise Unknown('answered readLog with 500 Internal Server Error') from why
+            raise HttpError('answered readLog with 500 Internal Server Error') from why
     monkeypatch.setattr(supervisord, 'call', call)
     for cut_bytes in range(4):
         supervisord.log = letter * 30000 + '\n' + 'x' * cut_bytes + '\n' + spawned('web', 10) + exited('web', THREE)
@@ -369,6 +369,7 @@ def test_log_that_begins_within_a_character(supervisord: FakeSupervisord, monkey
     (Refused('FAILED', 'FAILED'), NO_LOG),
     (Refused('BAD_ARGUMENTS', 'BAD_ARGUMENTS'), 'unable to determine why a process exited: BAD_ARGUMENTS'),
     (Unknown('supervisord does not answer'), 'unable to determine why a process exited: supervisord does not answer'),
+    (HttpError('answered with 500'), 'unable to determine why a process exited: answered with 500'),
     (Refused('SHUTDOWN_STATE', 'SHUTDOWN_STATE'), ''),
 ])
 def test_log_that_cannot_be_read_is_reported_once(supervisord: FakeSupervisord, failure: Exception, line: str) -> None:
@@ -377,6 +378,7 @@ def test_log_that_cannot_be_read_is_reported_once(supervisord: FakeSupervisord, 
     for _ in range(3):
         assert reader.read('web', 'web', '10', False).reason == ''
     assert supervisord.lines == [line] * bool(line)
+    assert supervisord.count('readLog') == 3 * (len(crashlog.WINDOWS_BYTES) if isinstance(failure, HttpError) else 1)
 
 
 # How long an event may wait.

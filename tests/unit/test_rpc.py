@@ -22,6 +22,7 @@ from superlance import rpc
 from superlance.listener import ExitRequest
 from superlance.options import EVERY, Name, UsageError, parse_name
 from superlance.rpc import (
+    HttpError,
     Refused,
     State,
     Supervisor,
@@ -142,8 +143,9 @@ def test_fault_is_refused_with_its_name(fault: str) -> None:
 ])
 def test_meaningless_answer_is_unknown(answer: bytes, reason: str) -> None:
     with supervised(answering(answer)) as supervisor, \
-            pytest.raises(Unknown, match=rf'^supervisord at http://127.0.0.1:\d+ {reason}'):
+            pytest.raises(Unknown, match=rf'^supervisord at http://127.0.0.1:\d+ {reason}') as raised:
         supervisor.call('getState')
+    assert isinstance(raised.value, HttpError) == reason.startswith('answered')
 
 
 @for_each('method, answer', [

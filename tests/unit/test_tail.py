@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from superlance import tail
 from superlance.crashlog import Calls, Processes
-from superlance.rpc import Refused, Unknown
+from superlance.rpc import HttpError, Refused, Unknown
 from superlance.tail import ProcessLogs, is_device, strip_escapes
 
 RESTARTED = 'supervisord has restarted it: the last lines above may be from the new process.'
@@ -52,7 +52,7 @@ class FakeSupervisord:
         try:
             return log[arguments[1]:arguments[1] + arguments[2]].decode()
         except UnicodeDecodeError as why:
-            raise Unknown(f'answered {method} with 500 Internal Server Error') from why
+            raise HttpError(f'answered {method} with 500 Internal Server Error') from why
 
     def call_in_helper(self, calls: Any, seconds: float, interrupt: object) -> list[Any]:
         return [self.call(*call) for call in calls]
