@@ -15,7 +15,7 @@ from typing import Any, Iterable, Mapping, NamedTuple, Sequence, Tuple
 
 from superlance.command import CommandFailed, Deadline, run_command
 from superlance.listener import ExitRequest
-from superlance.options import EVERY, Name, UsageError, without_password
+from superlance.options import Name, UsageError, without_password
 
 CALL_TIMEOUT_SECONDS = 30
 # If a listener starts so many helper processes within so many seconds, importing costs less.
@@ -127,14 +127,6 @@ def resolve_names(names: Iterable[Name], pairs: Iterable[tuple[str, str]]) -> li
     return [Name(name.program, None)
             if name.group is None and name.program in groups and name.program not in programs else name
             for name in names]
-
-
-def find_unmatched(names: Iterable[Name], pairs: Iterable[tuple[str, str]]) -> list[Name]:
-    """Return the names that match none of the (group, program) pairs; EVERY always matches."""
-    known = list(pairs)
-    names = list(names)
-    return [name for name, resolved in zip(names, resolve_names(names, known))
-            if name != EVERY and not any(resolved.matches(*pair) for pair in known)]
 
 
 class Supervisor:

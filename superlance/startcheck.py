@@ -10,13 +10,12 @@ import time
 from typing import Any, Callable, Container, Iterable, Mapping, NamedTuple, Sequence
 
 from superlance.listener import ExitRequest, Log
-from superlance.options import Name, join_names
+from superlance.options import EVERY, Name, join_names
 from superlance.rpc import (
     Process,
     Refused,
     Supervisor,
     Unknown,
-    find_unmatched,
     is_shutting_down,
     make_process,
     make_title,
@@ -74,14 +73,15 @@ def find_config_problems(program: str, wants: Wants, configs: Sequence[Config], 
     pairs = [(config['group'], config['name']) for config in configs]
     problems = []
     names = resolve_names(wants.names, pairs)
-    unmatched = find_unmatched(wants.names, pairs)
     for name, resolved in dict(zip(wants.names, names)).items():
-        if name in unmatched:
+        if name != EVERY and not any(resolved.matches(*pair) for pair in pairs):
             hint = ': write -p once for each name' if ',' in str(name) else ''
             problems.append(Problem(f'no process matches "{name}"{hint}', fatal=True))
         elif resolved != name:
             problems.append(Problem(f'no process is named "{name}"; using all processes of group "{name}"',
                                     warning=False))
+    if wants.tail:      # for crashmail, a bare name is also that of a group
+        names += [Name(name.program, None) for name in wants.names if name.group is None]
     watched = [config for config in configs if config['group'] != own[0]
                and any(name.matches(config['group'], config['name']) for name in names)]
     if wants.restarts:

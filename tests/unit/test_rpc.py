@@ -28,7 +28,6 @@ from superlance.rpc import (
     Supervisor,
     Unknown,
     find_supervisor,
-    find_unmatched,
     make_process,
     resolve_names,
 )
@@ -48,18 +47,6 @@ SECONDS = 20
 def test_bare_name_of_a_group_is_resolved_to_the_group(name: str, resolved: str) -> None:
     assert list(map(str, resolve_names([EVERY, parse_name(name)], PAIRS))) == [str(EVERY), resolved]
     assert resolve_names([Name(None, 'shop')], iter(PAIRS)) == [Name('shop', None)]
-
-
-@pytest.mark.parametrize(('names', 'unmatched'), [
-    ([], []),
-    (['web', 'shop:*', 'shop:web', 'shop', 'pool'], []),
-    (['wbe'], ['wbe']),
-    (['shop:cache'], ['shop:cache']),
-    (['sohp:*', 'web', 'wbe'], ['sohp:*', 'wbe']),
-])
-def test_names_that_match_nothing(names: list[str], unmatched: list[str]) -> None:
-    assert list(map(str, find_unmatched([EVERY, *map(parse_name, names)], iter(PAIRS)))) == unmatched
-    assert find_unmatched([EVERY], []) == []
 
 
 def test_process() -> None:

@@ -71,6 +71,7 @@ def test_warnings_of_the_command_line_and_the_mail_command() -> None:
     (['wbe'], ['warning: no process matches "wbe"']),
     (['wbe', 'wbe'], ['warning: no process matches "wbe"']),
     (['shop:web', 'none:*'], ['warning: no process matches "shop:web"', 'warning: no process matches "none:*"']),
+    (['shop:pool', 'web', 'wbe'], ['warning: no process matches "shop:pool"', 'warning: no process matches "wbe"']),
     (['web,db'], ['warning: no process matches "web,db": write -p once for each name']),
     (['pool'], ['no process is named "pool"; using all processes of group "pool"']),
     (['pool:*', 'shop'], ['no process is named "shop"; using all processes of group "shop"']),
@@ -156,6 +157,13 @@ def test_logs_with_the_same_problem_are_one_line() -> None:
     wants = Wants(parse_names('x'), tail=True)
     problems = find_config_problems('crashmail', wants, [make_config('x:x', stderr_logfile='none')], OWN)
     assert [(problem.line, problem.fatal) for problem in problems] == [(f'warning: {lines[1]}', False)]
+
+
+def test_logs_of_a_group_are_checked_even_if_a_process_has_its_name() -> None:
+    """crashmail reports both."""
+    configs = [make_config('x:x'), make_config('x:y', stdout_logfile='none'), make_config('z:z', stdout_logfile='none')]
+    problem, = find_config_problems('crashmail', Wants(parse_names('x'), tail=True), configs, OWN)
+    assert 'the stdout log of x:y for --tail' in problem.line
 
 
 # Memory.
