@@ -6,7 +6,7 @@ import select
 import signal
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, Sequence
 
 from superlance.listener import ExitRequest, one_line
 
@@ -87,6 +87,14 @@ def run_ps(columns: Sequence[str], seconds: float, interrupt: ExitRequest | None
     output = run_command(['ps', '-A', *options], Deadline(seconds).seconds_left,
                          environment=dict(os.environ, LC_ALL='C'), interrupt=interrupt)
     return output.decode('ascii', 'replace')
+
+
+def read_proc_stats() -> Iterator[tuple[int, list[bytes]]]:
+    """Yield each pid and the fields of Linux's /proc/PID/stat from the 3rd, the state (proc(5)). Raises OSError."""
+    for name in os.listdir('/proc'):
+        if name.isdecimal():
+            with suppress(OSError), open(f'/proc/{name}/stat', 'rb') as file:   # it has exited meanwhile
+                yield int(name), file.read().rpartition(b')')[2].split()
 
 
 def is_command(word: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from typing import Mapping, NamedTuple
 
-from superlance.command import CommandFailed, run_ps
+from superlance.command import CommandFailed, read_proc_stats, run_ps
 from superlance.listener import ExitRequest, Log, exit_request
 from superlance.rpc import Unknown
 
@@ -42,20 +42,12 @@ def read_ps(seconds: float, interrupt: ExitRequest) -> dict[int, ProcessMemory]:
 
 
 def read_proc() -> dict[int, ProcessMemory]:
-    """Read Linux's /proc: the 4th and 24th field of each stat file (proc(5)). Raises Unknown."""
+    """Read Linux's /proc. Raises Unknown."""
     page_bytes = os.sysconf('SC_PAGE_SIZE')
-    memory = {}
     try:
-        pids = [int(name) for name in os.listdir('/proc') if name.isdecimal()]
+        memory = {pid: ProcessMemory(int(fields[1]), int(fields[21]) * page_bytes) for pid, fields in read_proc_stats()}
     except OSError as why:
         raise Unknown(f'/proc: {why.strerror}') from why
-    for pid in pids:
-        try:
-            with open(f'/proc/{pid}/stat', 'rb') as file:
-                fields = file.read().rpartition(b')')[2].split()
-            memory[pid] = ProcessMemory(int(fields[1]), int(fields[21]) * page_bytes)
-        except OSError:
-            pass  # the process has exited meanwhile
     if not memory:
         raise Unknown('/proc has no processes')
     return memory

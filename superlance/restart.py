@@ -6,10 +6,9 @@ import time
 from collections import deque
 from contextlib import suppress
 from enum import Enum
-from glob import glob
 from typing import Callable, NamedTuple
 
-from superlance.command import CommandFailed, run_ps
+from superlance.command import CommandFailed, read_proc_stats, run_ps
 from superlance.listener import Event, ExitRequest, exit_request, parse_tokens
 from superlance.options import Rate, format_duration
 from superlance.rpc import Process, Refused, State, Supervisor, Unknown
@@ -430,19 +429,10 @@ def find_group_members(group_id: int) -> set[int]:
             os.killpg(group_id, 0)
     except ProcessLookupError:
         return set()
+    rows: list[list[str]] = []
     try:
-        output = run_ps(('pid', 'pgid', 'stat'), PS_SECONDS)
+        rows = [line.split() for line in run_ps(('pid', 'pgid', 'stat'), PS_SECONDS).splitlines()]
     except CommandFailed:
-        output = _read_proc()
-    rows = [line.split() for line in output.splitlines()]
+        with suppress(OSError):     # there is no /proc
+            rows = [[str(pid), fields[2].decode(), fields[0].decode()] for pid, fields in read_proc_stats()]
     return {int(row[0]) for row in rows if len(row) == 3 and row[1] == str(group_id) and not row[2].startswith('Z')}
-
-
-def _read_proc() -> str:
-    """Return what ps prints, from the 3rd and 5th field of Linux's /proc/*/stat (proc(5)); '' if there is none."""
-    lines = []
-    for path in glob('/proc/[0-9]*/stat'):
-        with suppress(OSError), open(path, 'rb') as file:   # it has exited
-            state, _, group_id = file.read().decode('ascii', 'replace').rpartition(')')[2].split()[:3]
-            lines.append(f"{path.split('/')[2]} {group_id} {state}")
-    return '\n'.join(lines)
