@@ -19,6 +19,7 @@ QUOTED_BYTES = 2000
 READ_BYTES = 65536  # the capacity of a pipe
 POLL_SECONDS = 0.1
 KILL_SECONDS = 1
+PS_SECONDS = 10
 
 SecondsLeft = Callable[[], float]     # until a deadline, 0 or less after it
 
@@ -95,6 +96,25 @@ def read_proc_stats() -> Iterator[tuple[int, list[bytes]]]:
         if name.isdecimal():
             with suppress(OSError), open(f'/proc/{name}/stat', 'rb') as file:   # it has exited meanwhile
                 yield int(name), file.read().rpartition(b')')[2].split()
+
+
+def find_group_members(group_id: int) -> set[int]:
+    """Return the pids of the processes in a process group, without zombies.
+
+    supervisord makes each of its children the leader of a process group; descendants that called setsid are not found.
+    """
+    try:
+        with suppress(PermissionError):     # they run as another user
+            os.killpg(group_id, 0)
+    except ProcessLookupError:
+        return set()
+    rows: list[list[str]] = []
+    try:
+        rows = [line.split() for line in run_ps(('pid', 'pgid', 'stat'), PS_SECONDS).splitlines()]
+    except CommandFailed:
+        with suppress(OSError):     # there is no /proc
+            rows = [[str(pid), fields[2].decode(), fields[0].decode()] for pid, fields in read_proc_stats()]
+    return {int(row[0]) for row in rows if len(row) == 3 and row[1] == str(group_id) and not row[2].startswith('Z')}
 
 
 def is_command(word: str) -> bool:

@@ -252,7 +252,6 @@ class Httpok:
         self._start_check = StartCheck('httpok', describe_wants(options), environment, self._log, request)
         self._outage = Outage(options.failures, options.grace_seconds, options.remind_seconds, time.monotonic())
         self._reported: list[Outcome] = []          # by the restarter, in this tick
-        self._last: dict[str, Outcome] = {}         # of each process
         self._lines: list[str] = []                 # for the mail
         # The last reasons that were logged for a skipped check, and for leaving processes alone.
         self._skipped = self._left_alone = ''
@@ -348,15 +347,16 @@ class Httpok:
         if not self._options.names and self._outage.wants_mail({Kind.NOTHING}, self._failed_at):
             self._skip_at_shutdown(verdict)
         self._log(f'{self._options.check.url}: {verdict.text}')
+        prepare = self._dump_core if self._options.core_directory else None
         outcomes, left = [], []
         for process in watched:
             outcome = leave_alone(process, self._options.grace_seconds, check_began)
             left += [outcome] if outcome else []
-            outcomes.append(outcome or self._restart(process))
+            outcomes.append(outcome or self._restarter.restart(process, prepare))
         kinds = find_kinds(outcomes)
         if kinds == {Kind.NOTHING} and watched:
             self._skip_at_exit(verdict)
-            if any(outcome.result is Result.LEFT_ALONE for outcome in self._reported):
+            if any(outcome.result is Result.LEFT_ALONE for outcome in outcomes if outcome not in left):
                 self._skip_at_shutdown(verdict)   # it may be the reason
         left_alone = trouble or describe_left_alone(left)
         if left_alone and left_alone != self._left_alone:
@@ -365,22 +365,6 @@ class Httpok:
         if self._outage.note_action(kinds, count_restarts(outcomes), self._failed_at):
             summary = summarize(outcomes, self._options.grace_seconds)
             self._mail_bad(verdict, outcomes, summary or ('nothing restarted' if self._options.names else ''))
-
-    def _restart(self, process: Process) -> Outcome:
-        """Restart a process that may be restarted, and return what became of it."""
-        if self._request.requested:
-            return Outcome(process, Result.LEFT_ALONE, 'left alone: httpok is shutting down')
-        number = len(self._reported)
-        self._restarter.restart(process, self._dump_core if self._options.core_directory else None)
-        if len(self._reported) > number:
-            return self._reported[-1]
-        # The restarter does not repeat an outcome.
-        last = self._last.get(process.namespec)
-        if last and last.result is Result.LIMIT_REACHED:
-            return Outcome(process, last.result, 'left alone: restart limit reached')
-        if last and last.result is Result.DRY_RUN:
-            return last._replace(process=process)
-        return Outcome(process, Result.LEFT_ALONE, 'left alone: an earlier restart is not complete')
 
     def _find_watched(self, verdict: Verdict | None = None) -> list[Process]:
         """Return the watched processes. Raises Unknown, and Skipped at a shutdown; without a verdict only Skipped."""
@@ -432,7 +416,6 @@ class Httpok:
     def _note_outcome(self, outcome: Outcome) -> None:
         self._log(outcome.text)
         self._reported.append(outcome)
-        self._last[outcome.process.namespec] = outcome
 
     def _mail_bad(self, verdict: Verdict, outcomes: Sequence[Outcome], summary: str) -> None:
         """Send mail about a failed check; summary is the outcome in a few words, or ''."""

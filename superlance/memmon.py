@@ -313,7 +313,7 @@ class Memmon:
         for process in over:
             key = process.namespec, process.pid
             self._samples[key] = before.get(key, 0) + 1
-            if self._samples[key] >= self._options.samples and not self._request.requested:
+            if self._samples[key] >= self._options.samples:
                 self._samples[key] = 0
                 self._restarter.restart(process)
 

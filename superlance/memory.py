@@ -4,11 +4,9 @@ from __future__ import annotations
 import os
 from typing import Mapping, NamedTuple
 
-from superlance.command import CommandFailed, read_proc_stats, run_ps
+from superlance.command import PS_SECONDS, CommandFailed, read_proc_stats, run_ps
 from superlance.listener import ExitRequest, Log, exit_request
 from superlance.rpc import Unknown
-
-PS_SECONDS = 10
 
 
 class ProcessMemory(NamedTuple):

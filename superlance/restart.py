@@ -1,14 +1,12 @@
 """A restart that never leaves a process down."""
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from contextlib import suppress
 from enum import Enum
 from typing import Callable, NamedTuple
 
-from superlance.command import CommandFailed, read_proc_stats, run_ps
+from superlance.command import find_group_members
 from superlance.listener import Event, ExitRequest, exit_request, parse_tokens
 from superlance.options import Rate, format_duration
 from superlance.rpc import Process, Refused, State, Supervisor, Unknown
@@ -26,7 +24,6 @@ ACCEPTED, LOST, SPAWN_ERROR = 'ACCEPTED', 'LOST', 'SPAWN_ERROR'
 FINAL_FAULTS = ('BAD_NAME', 'SHUTDOWN_STATE')
 # Child processes that are still there after this time outlived the stop.
 SURVIVE_SECONDS = 2
-PS_SECONDS = 10
 NO_RETRY = 'no further retry, because the listener is shutting down'
 
 
@@ -132,7 +129,7 @@ class Restarter:
                  limit: Rate | None = None, dry_run: bool = False, request: ExitRequest = exit_request,
                  sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic,
                  wall_clock: Callable[[], float] = time.time,
-                 find_members: Callable[[int], set[int]] | None = None) -> None:
+                 find_members: Callable[[int], set[int]] = find_group_members) -> None:
         self._supervisor = supervisor
         self._report = report
         self._limit = limit
@@ -141,7 +138,7 @@ class Restarter:
         self._sleep = sleep
         self._clock = clock
         self._wall_clock = wall_clock
-        self._find_members = find_members or find_group_members
+        self._find_members = find_members
         self._stopped: dict[str, StoppedProcess] = {}
         self._restarts: dict[str, deque[float]] = {}
         self._limited: set[str] = set()
@@ -157,27 +154,37 @@ class Restarter:
         when = parse_tokens(tick.payload).get('when', '').strip()
         return when.isdecimal() and len(when) < 20 and int(when) < int(self._last_end) <= self._wall_clock()
 
-    def restart(self, checked: Process, prepare: Callable[[Process], None] | None = None) -> None:
-        """Stop the process and start it again; in a dry run, report it once for each process and pid.
+    def restart(self, checked: Process, prepare: Callable[[Process], None] | None = None) -> Outcome:
+        """Stop the process and start it again; return the outcome, which is reported unless it repeats an earlier one.
 
         prepare is called if the process is really going to be stopped.
         """
-        is_known = checked.namespec in self._stopped or (checked.namespec, checked.pid) in self._dry_runs
-        if is_known or self._is_limited(checked):
-            return
+        exiting = Outcome(checked, Result.LEFT_ALONE, 'left alone: the listener is shutting down')
+        if self._request.requested:
+            return exiting
+        if checked.namespec in self._stopped:
+            return Outcome(checked, Result.LEFT_ALONE, 'left alone: an earlier restart is not complete')
+        dry_run = Outcome(checked, Result.DRY_RUN, f'dry run: would have restarted {checked.title}')
+        if (checked.namespec, checked.pid) in self._dry_runs:
+            return dry_run
+        limit_reached = self._find_limit_reached(checked)
+        if limit_reached:
+            return limit_reached
         if self._dry_run:
             self._dry_runs.add((checked.namespec, checked.pid))
             self._count(checked)
-            self._report(Outcome(checked, Result.DRY_RUN, f'dry run: would have restarted {checked.title}'))
-            return
-        outcome = self._find_change(checked)
-        if prepare and not outcome:
+            self._report(dry_run)
+            return dry_run
+        change = self._find_change(checked)
+        if prepare and not change:
             prepare(checked)
-            outcome = self._find_change(checked)    # prepare may take minutes
-        if not outcome and self._request.requested:
-            return
-        self._report(outcome or self._restart(checked))
+            change = self._find_change(checked)    # prepare may take minutes
+        if not change and self._request.requested:
+            return exiting
+        outcome = change or self._restart(checked)
+        self._report(outcome)
         self._last_end = self._wall_clock()
+        return outcome
 
     def retry(self) -> bool:
         """Start again what was left down, and return whether a process runs again; new outcomes are reported."""
@@ -198,21 +205,24 @@ class Restarter:
 
     # The limit.
 
-    def _is_limited(self, checked: Process) -> bool:
+    def _find_limit_reached(self, checked: Process) -> Outcome | None:
+        """Return the outcome if a process must not be restarted again now; it is reported once."""
         if self._limit is None:
-            return False
+            return None
         times = self._restarts.get(checked.namespec) or deque()
         if len(times) < self._limit.times or times[0] <= self._clock() - self._limit.seconds:
             self._limited.discard(checked.namespec)
-            return False
-        if checked.namespec not in self._limited:
-            self._limited.add(checked.namespec)
-            seconds = times[0] + self._limit.seconds - self._clock()
-            self._report(Outcome(checked, Result.LIMIT_REACHED, (
-                f'left {checked.title} alone: restart limit reached ({self._limit.times} in '
-                f'{format_duration(self._limit.seconds)}); investigate, or restart it yourself '
-                f'(supervisorctl restart {checked.title}); eligible again in {format_duration(seconds)}')))
-        return True
+            return None
+        if checked.namespec in self._limited:
+            return Outcome(checked, Result.LIMIT_REACHED, 'left alone: restart limit reached')
+        self._limited.add(checked.namespec)
+        seconds = times[0] + self._limit.seconds - self._clock()
+        outcome = Outcome(checked, Result.LIMIT_REACHED, (
+            f'left {checked.title} alone: restart limit reached ({self._limit.times} in '
+            f'{format_duration(self._limit.seconds)}); investigate, or restart it yourself '
+            f'(supervisorctl restart {checked.title}); eligible again in {format_duration(seconds)}'))
+        self._report(outcome)
+        return outcome
 
     def _count(self, process: Process) -> None:
         if self._limit:
@@ -417,22 +427,3 @@ class Restarter:
 
     def _is_exiting(self) -> bool:
         return self._is_finishing or self._request.requested
-
-
-def find_group_members(group_id: int) -> set[int]:
-    """Return the pids of the processes in a process group, without zombies.
-
-    supervisord makes each of its children the leader of a process group; descendants that called setsid are not found.
-    """
-    try:
-        with suppress(PermissionError):     # they run as another user
-            os.killpg(group_id, 0)
-    except ProcessLookupError:
-        return set()
-    rows: list[list[str]] = []
-    try:
-        rows = [line.split() for line in run_ps(('pid', 'pgid', 'stat'), PS_SECONDS).splitlines()]
-    except CommandFailed:
-        with suppress(OSError):     # there is no /proc
-            rows = [[str(pid), fields[2].decode(), fields[0].decode()] for pid, fields in read_proc_stats()]
-    return {int(row[0]) for row in rows if len(row) == 3 and row[1] == str(group_id) and not row[2].startswith('Z')}

@@ -234,7 +234,6 @@ class Doubles:
         self.restarted: list[str] = []
         self.mails: list[tuple[str, str]] = []
         self.request = ExitRequest()
-        self.exit_after = 99
         self._monkeypatch = monkeypatch
 
     def make(self, *argv: str, restarts: bool = False) -> memmon.Memmon:
@@ -262,7 +261,6 @@ class Doubles:
 
     def _restart(self, process: Process) -> None:
         self.restarted.append(process.program)
-        self.request.requested = len(self.restarted) >= self.exit_after
 
     def use_for_once(self, monkeypatch: pytest.MonkeyPatch,
                      read_memory: Callable[[], dict[int, ProcessMemory]] | None = None) -> None:
@@ -295,12 +293,6 @@ def test_processes_over_their_limit_are_restarted_but_not_the_own_pool(
         doubles: Doubles, argv: list[str], restarted: list[str]) -> None:
     doubles.make(*argv).handle(TICK)
     assert doubles.restarted == restarted
-
-
-def test_no_restart_begins_after_a_signal(doubles: Doubles) -> None:
-    doubles.exit_after = 1
-    doubles.make('-a', '1KB').handle(TICK)
-    assert doubles.restarted == ['web']
 
 
 def test_events_other_than_ticks_are_ignored(doubles: Doubles) -> None:

@@ -13,6 +13,7 @@ from support import TIMEOUT, wait_for, write_script
 from table import for_each
 
 from superlance import restart
+from superlance.command import find_group_members
 from superlance.listener import Event, ExitRequest
 from superlance.options import Rate
 from superlance.restart import (
@@ -27,7 +28,6 @@ from superlance.restart import (
     Result,
     Step,
     StoppedProcess,
-    find_group_members,
     find_next_step,
 )
 from superlance.rpc import Process, Refused, State, Supervisor, Unknown, make_process
@@ -347,6 +347,15 @@ def test_retries_end_when_somebody_else_took_over_or_it_is_unknown(later: Any, t
     assert supervisor.calls == ['getProcessInfo']
 
 
+def test_process_that_is_still_down_is_left_to_the_retries() -> None:
+    supervisor = Scripted([INFO, FATAL])
+    rig = Rig(supervisor)
+    rig.restart()
+    supervisor.calls = []
+    assert rig.restarter.restart(make_process(INFO)).text == 'left alone: an earlier restart is not complete'
+    assert supervisor.calls == [] and rig.results == [Result.START_FAILED]
+
+
 def test_lost_queries_are_not_failed_starts() -> None:
     """They do not delay the repetition of one that has failed."""
     supervisor = Scripted([INFO, LOST_CALL])
@@ -547,8 +556,10 @@ def test_signal_during_prepare_begins_no_restart() -> None:
         rig.request.requested = True
         supervisor.answers['getProcessInfo'] = [INFO]
 
-    rig.restarter.restart(make_process(INFO), prepare)
-    assert 'stopProcess' not in supervisor.calls and rig.outcomes == []
+    for _ in range(2):
+        outcome = rig.restarter.restart(make_process(INFO), prepare)
+        assert outcome.text == 'left alone: the listener is shutting down'
+    assert supervisor.calls == ['getProcessInfo'] * 2 and rig.outcomes == []
 
 
 def test_signal_while_a_process_is_starting_ends_the_wait() -> None:
