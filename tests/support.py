@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from stat import S_ISSOCK
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
@@ -143,7 +144,8 @@ def run_in_process(run: Callable[[], int], data: bytes = b'', environment: dict[
             files = {str(file.fileno()) for file in (source, output, log)}
             for name in set(os.listdir('/dev/fd')) - open_before - files:
                 with suppress(OSError):     # that of listdir itself
-                    os.close(int(name))
+                    if not S_ISSOCK(os.fstat(int(name)).st_mode):  # a server of the test may be using it
+                        os.close(int(name))
         output.seek(0)
         log.seek(0)
         return Run(status, output.read(), log.read().decode('utf-8', 'replace'))

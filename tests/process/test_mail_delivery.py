@@ -2,20 +2,14 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import socket
-import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import Iterator
 
 import pytest
 from chat import Chat
-from inbox import CommandInbox, SmtpController, SmtpInbox
-from support import PYTHON, TIMEOUT, Listener, run_command_line, serving, wait_for, write_script
-from web import hang, response
+from inbox import CommandInbox, SmtpInbox
+from support import Listener, wait_for, write_script
 
 SECRETS = ('T0PSECRET', 'k3yk3yk3y', 't0kent0ken', 's3cret')
 
@@ -80,101 +74,3 @@ def test_last_attempt_at_exit_succeeds(tmp_path: Path) -> None:
         assert listener.terminate() == 0
         assert 'dropped' not in listener.log and str(script) not in listener.log
     assert len(inbox.mails) == 1
-
-
-def test_exit_does_not_wait_for_servers_that_hang() -> None:
-    connected = threading.Event()
-
-    def say_nothing(client: socket.socket) -> None:
-        connected.set()
-        hang(client)
-
-    with Chat(hang) as chat, serving(say_nothing) as port, \
-            crashmail('-m', 'bob@example.com', f'--smtp=smtp://127.0.0.1:{port}', '--webhook', chat.url()) as listener:
-        listener.crash('web')
-        chat.wait()
-        assert connected.wait(TIMEOUT)
-        started = time.monotonic()
-        assert listener.terminate() == 0
-        assert time.monotonic() - started < 8   # for both together: 5 s, and the start of a busy machine
-        dropped = find_lines(listener.log, 'dropped')
-    assert sorted(re.sub('".*"', '"..."', line) for line in dropped) == [
-        'dropped mail "...": crashmail is shutting down', 'dropped webhook message "...": crashmail is shutting down']
-
-
-def test_signal_right_after_a_crash_loses_no_mail(tmp_path: Path) -> None:
-    """Whatever the moment of the signal, each acknowledged crash is in the inbox, or in a line of the log."""
-    for round_ in range(6):
-        folder = tmp_path / str(round_)
-        folder.mkdir()
-        inbox = CommandInbox(folder)
-        with crashmail('-m', 'bob@example.com', '-s', f'sleep 0.1; {inbox.command}') as listener:
-            for number in range(2):
-                listener.crash(f'web{number}')
-            time.sleep(round_ * 0.03)   # the moment is what varies
-            started = time.monotonic()
-            assert listener.terminate() == 0
-            assert time.monotonic() - started < 5
-            names = [str(mail['Subject']).split()[0] for mail in inbox.mails]
-            names += [line.split('"')[1].split()[0] for line in find_lines(listener.log, 'dropped mail "')]
-            assert sorted(names) == ['web0', 'web1'], listener.log
-
-
-@pytest.mark.parametrize('program', ['memmon', 'httpok', 'crashmail'])
-def test_invalid_webhook_is_an_error_without_the_url(program: str) -> None:
-    arguments = {'memmon': ['-a', '1GB'], 'httpok': ['http://127.0.0.1/'], 'crashmail': []}[program]
-    for done in (run_command_line(program, '--webhook', 'ftp://x/k3yk3yk3y', *arguments),
-                 run_command_line(program, *arguments, SUPERLANCE_WEBHOOK='https://x:y/k3yk3yk3y')):
-        assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
-        assert 'write https://HOST/PATH' in done.stderr and 'k3y' not in done.stderr
-
-
-def test_once_says_what_mail_server_and_webhook_answered(dead_port: int) -> None:
-    with Chat(response(b'no_service', status='404 Not Found')) as chat:
-        done = run_command_line('crashmail', '--once', '-m', 'bob@example.com', '--webhook', chat.url(),
-                                f'--smtp=smtp://robot:s3cret@127.0.0.1:{dead_port}')
-    assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert f'unable to send mail to bob@example.com: 127.0.0.1:{dead_port}: Connection refused\n' in done.stdout
-    assert 'unable to send webhook message: 404 Not Found: no_service\n' in done.stdout
-    assert not any(secret in done.stdout + done.stderr for secret in SECRETS)
-
-
-class LoopbackServer:
-    """Accepts mail, and knows the name with which a client greets."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._controller = SmtpController(self, hostname='127.0.0.1', port=0)
-
-    async def handle_DATA(self, server: object, session: object, envelope: object) -> str:
-        self.names.append(getattr(session, 'host_name', ''))
-        return '250 accepted'
-
-    def __enter__(self) -> int:
-        self._controller.start()
-        return self._controller.port
-
-    def __exit__(self, *_: object) -> None:
-        self._controller.stop()
-
-
-# hostname(1) does not accept every name that the kernel does.
-SET_HOST_NAME = 'import os, socket, sys; socket.sethostname(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])'
-
-
-def can_set_host_name() -> bool:
-    return shutil.which('unshare') is not None and subprocess.run(
-        ['unshare', '-r', '-u', 'true'], capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not can_set_host_name(), reason='unshare -u is not permitted')
-@pytest.mark.parametrize('name', ['x' * 64, 'a..b'])
-def test_host_name_that_is_not_a_domain(name: str) -> None:
-    server = LoopbackServer()
-    with server as port:
-        done = subprocess.run(
-            ['unshare', '-r', '-u', PYTHON, '-c', SET_HOST_NAME, name, PYTHON, '-m', 'superlance.crashmail', '--once',
-             '-m', 'bob@example.com', f'--smtp=smtp://127.0.0.1:{port}'],
-            capture_output=True, encoding='utf-8', timeout=TIMEOUT, check=False)
-    assert 'sent mail to bob@example.com: 250 accepted\n' in done.stdout, done.stdout + done.stderr
-    assert server.names == ['[127.0.0.1]'] and 'Traceback' not in done.stderr

@@ -3,15 +3,12 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from pathlib import Path
 
-import pytest
 from support import TIMEOUT, Listener, serving
 
 
-@pytest.mark.parametrize('command', [['memmon', '-a', '1GB'], ['crashmail', '-a']])
-def test_sigterm_interrupts_the_check_at_start(tmp_path: Path, command: list[str]) -> None:
+def test_sigterm_interrupts_the_check_at_start(tmp_path: Path) -> None:
     connected, finished = threading.Event(), threading.Event()
 
     def hang(client: socket.socket) -> None:
@@ -21,12 +18,11 @@ def test_sigterm_interrupts_the_check_at_start(tmp_path: Path, command: list[str
     path = str(tmp_path / 's.sock')
     try:
         with serving(hang, socket.AF_UNIX, path), \
-                Listener(command, {'SUPERVISOR_SERVER_URL': f'unix://{path}'}) as listener:
+                Listener(['memmon', '-a', '1GB'], {'SUPERVISOR_SERVER_URL': f'unix://{path}'}) as listener:
             listener.expect(b'READY\n')
             assert connected.wait(TIMEOUT)
-            start = time.monotonic()
             assert listener.terminate() == 0
-            assert time.monotonic() - start < 3     # the check itself may take 5 seconds
+            # After 5 seconds the check would give up, with a warning.
             assert 'warning' not in listener.log
     finally:
         finished.set()
