@@ -320,8 +320,11 @@ class Httpok:
         self._failed_at = time.monotonic()      # the outage includes the time of the restarts
         watched: list[Process] = []
         trouble = ''
-        if options.names and (
-                options.grace_seconds or outage.is_enough() or outage.is_reminder_due(self._failed_at)):
+        is_reminder_due = outage.is_reminder_due(self._failed_at)
+        if not options.names:
+            if is_reminder_due or (outage.is_enough() and not outage.is_on):
+                self._skip_at_shutdown(verdict)     # otherwise, no mail is sent
+        elif options.grace_seconds or outage.is_enough() or is_reminder_due:
             try:
                 watched = self._find_watched(verdict)
                 trouble = '' if watched else 'nothing restarted: no process is watched'
@@ -344,21 +347,16 @@ class Httpok:
                 self._mail_bad(verdict, outcomes, progress)
 
     def _act(self, verdict: Verdict, watched: Sequence[Process], trouble: str, check_began: float) -> None:
-        if not self._options.names and self._outage.wants_mail({Kind.NOTHING}, self._failed_at):
-            self._skip_at_shutdown(verdict)
         self._log(f'{self._options.check.url}: {verdict.text}')
         prepare = self._dump_core if self._options.core_directory else None
-        outcomes, left = [], []
-        for process in watched:
-            outcome = leave_alone(process, self._options.grace_seconds, check_began)
-            left += [outcome] if outcome else []
-            outcomes.append(outcome or self._restarter.restart(process, prepare))
+        left = [leave_alone(process, self._options.grace_seconds, check_began) for process in watched]
+        outcomes = [alone or self._restarter.restart(process, prepare) for process, alone in zip(watched, left)]
         kinds = find_kinds(outcomes)
         if kinds == {Kind.NOTHING} and watched:
             self._skip_at_exit(verdict)
             if any(outcome.result is Result.LEFT_ALONE for outcome in outcomes if outcome not in left):
                 self._skip_at_shutdown(verdict)   # it may be the reason
-        left_alone = trouble or describe_left_alone(left)
+        left_alone = trouble or describe_left_alone(filter(None, left))
         if left_alone and left_alone != self._left_alone:
             self._log(left_alone)
         self._left_alone = left_alone

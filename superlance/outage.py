@@ -82,14 +82,10 @@ class Outage:
         self._note_failure(now)
         self.failures = 0
         self.restarts += restarts
-        wants_mail = self.wants_mail(kinds, now)
+        wants_mail = not self.is_on or not self._mailed.issuperset(kinds) or self.is_reminder_due(now)
         if wants_mail:
             self._note_mail(kinds, now)
         return wants_mail
-
-    def wants_mail(self, kinds: Collection[Kind], now: float) -> bool:
-        """Return whether to send mail about an action with these kinds of outcome."""
-        return not self.is_on or not self._mailed.issuperset(kinds) or self.is_reminder_due(now)
 
     def is_reminder_due(self, now: float) -> bool:
         return self.is_on and now - self._mailed_at >= self._remind_seconds

@@ -420,6 +420,14 @@ def test_a_shutdown_of_supervisord_is_not_an_outage(argv: list[str], words: str,
     assert rig.supervisor.calls == []
 
 
+@pytest.mark.parametrize('argv', [[], ['-p', 'web']])
+def test_a_shutdown_during_an_outage_mails_no_reminder(argv: list[str], make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(FakeSupervisor(web=('EXITED', 0)), *argv, '--failures=2', '--remind=0')
+    assert len(rig.tick(500, 500)[1]) == 1
+    rig.supervisor.fault = SHUTDOWN
+    assert rig.tick(500) == ([f'{BAD_LINE} (ignored: supervisord is shutting down or reloading)'], [])
+
+
 def test_a_shutdown_that_begins_during_the_restart_is_not_an_outage(make_rig: Callable[..., Rig],
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make_rig(FakeSupervisor(web=('RUNNING', 100)), '-p', 'web')

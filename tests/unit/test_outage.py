@@ -29,10 +29,7 @@ def apply(state: Outage, event: Event, now: float) -> bool | float | None:
         return state.note_bad(now)
     assert isinstance(event, Kind)
     assert state.is_enough()
-    is_expected = state.wants_mail({event}, now)
-    is_mailed = state.note_action({event}, int(event is RESTARTED), now)
-    assert is_mailed == is_expected
-    return is_mailed
+    return state.note_action({event}, int(event is RESTARTED), now)
 
 
 def play(events: list[tuple[float, Event]], failures: int = 1, grace: float = 0, remind: float = 3600) -> list[Any]:
