@@ -176,7 +176,6 @@ class Crash(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name that supervisorctl shows to people."""
         return make_title(self.group, self.program)
 
     @property

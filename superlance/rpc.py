@@ -85,7 +85,6 @@ class Process(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name that supervisorctl shows to people."""
         return make_title(self.group, self.program)
 
     @property
