@@ -37,7 +37,7 @@ DISPLAY_NAME = rf'(?:{QUOTED}\s*|(?:{ATEXT}|{LETTER})(?:{ATEXT}|{LETTER}|[. ])*(
 MAILBOX = rf'(?:{DISPLAY_NAME}?<{ADDR_SPEC}>|{ADDR_SPEC}(?:\s+\((?:[\w .-]|{LETTER})*\))?)'
 
 
-# The reader has exited; the disk is full, or its quota or the largest file; the terminal was closed; not open for writing.
+# The reader has exited; the disk is full, or its quota or the largest file; the terminal hung up; not open for writing.
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
