@@ -86,6 +86,7 @@ def test_a_core_dump_in_another_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(('text', 'reason'), [
     ('echo disk full\nexit 3\n', 'exit status 3: disk full'), ('exec sleep 600\n', 'timed out')])
 def test_a_core_dump_that_fails(text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coredump, 'GCORE_SECONDS', 0.5)
+    if reason == 'timed out':
+        monkeypatch.setattr(coredump, 'GCORE_SECONDS', 0.2)
     assert dump_core(write_script(tmp_path / 'gcore', text)) == [
         f'unable to write a core dump of web: {tmp_path}/gcore {tmp_path}/web {PID}: {reason}']

@@ -5,19 +5,19 @@ import math
 import os
 import re
 import socket
-import time
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Sequence
+from types import SimpleNamespace
+from typing import Callable, Sequence
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from inbox import write_account
-from support import find_children, is_alive, read, wait_for, write_script
+from support import TIMEOUT, find_children, is_alive, read, wait_for, write_script
 from table import for_each
 
 from superlance import command, mail
@@ -428,9 +428,8 @@ def test_long_subject_is_one_line() -> None:
 NOTICE = Notice('a subject', 'a body', 'sup', NOW)
 
 
-def send(command: object, notice: Notice = NOTICE, seconds: float = math.inf) -> str:
-    end = time.monotonic() + seconds
-    return mail.send_mail(mail.Settings(TO, str(command)), 'crashmail', notice, lambda: end - time.monotonic())
+def send(command: object, notice: Notice = NOTICE, seconds_left: Callable[[], float] = lambda: math.inf) -> str:
+    return mail.send_mail(mail.Settings(TO, str(command)), 'crashmail', notice, seconds_left)
 
 
 def wait_for_pids(path: Path, number: int) -> list[int]:
@@ -519,12 +518,15 @@ def test_command_that_prints_endlessly(tmp_path: Path) -> None:
 def test_hung_command_is_killed_with_its_children(
         own_limit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mail.COMMAND_SECONDS == 11 * 60
-    if own_limit:
-        monkeypatch.setattr(mail, 'COMMAND_SECONDS', 0.5)
     pids = tmp_path / 'pids'
+
+    def left() -> float:
+        return 0 if len(read(pids).split()) == 2 else TIMEOUT
+    if own_limit:
+        monkeypatch.setattr(mail, 'Deadline', lambda seconds: SimpleNamespace(seconds_left=left))
     script = write_script(tmp_path / 'mta', f"trap '' TERM\nsleep 1000 &\necho $$ $! >> {pids}\nwait\nsleep 1000\n")
     with pytest.raises(SendFailed, match=r'^the -s command: timed out$'):
-        send(script, seconds=math.inf if own_limit else 0.5)    # the listener's own time, when it exits
+        send(script, seconds_left=(lambda: math.inf) if own_limit else left)    # the listener's own time, when it exits
     for pid in wait_for_pids(pids, 2):
         wait_for(partial(lambda pid: not is_alive(pid), pid), f'the end of {pid}')
         assert pid not in find_children(os.getpid())

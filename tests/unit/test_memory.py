@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -123,12 +122,10 @@ def test_signal_interrupts_ps_and_proc_is_not_read_instead(
 
     thread = threading.Thread(target=ask_to_exit)
     thread.start()
-    start = time.monotonic()
     with pytest.raises(Unknown):
         MemoryReader(make_log('memmon'), request)()
     thread.join()
-    assert time.monotonic() - start < 5
-    assert capfd.readouterr().err == ''
+    assert capfd.readouterr().err == '', 'if it was not interrupted, ps has been waited for'
 
 
 def test_without_ps_proc_is_read_from_then_on(

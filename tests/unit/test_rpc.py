@@ -327,7 +327,7 @@ def test_request_to_exit_interrupts_a_helper() -> None:
 
     with supervised(handle) as supervisor, \
             pytest.raises(Unknown, match=r'^interrupted, because the listener is shutting down$'):
-        supervisor.get_processes_in_helper(SECONDS, request)
+        supervisor.get_processes_in_helper(600, request)     # longer than the timeout of a test
 
 
 @pytest.mark.parametrize('answer', [Unknown('lost'), Refused('BAD_NAME', 'BAD_NAME: x'), [1, 'größe']])

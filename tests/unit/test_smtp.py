@@ -437,18 +437,28 @@ def test_deadline_is_that_of_the_whole_session(own_limit: bool, monkeypatch: pyt
 class SlowFilter(Server):
     """A server that takes its time after the end of DATA, as one with a spam filter does."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, at_data: Callable[[], object] = lambda: None) -> None:
         super().__init__()
         self.seconds = seconds
+        self.at_data = at_data
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        self.at_data()
         await asyncio.sleep(self.seconds)
         return await super().handle_DATA(server, session, envelope)
 
 
 def test_slow_answer_after_data_gets_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smtp, 'SEND_SECONDS', 0.5)
-    with SlowFilter(0.8) as server:
+    deadlines: list[SimpleNamespace] = []
+
+    def make_deadline(seconds: float) -> SimpleNamespace:
+        left = SimpleNamespace(seconds=seconds)
+        left.seconds_left = lambda: left.seconds
+        deadlines.append(left)
+        return left
+    monkeypatch.setattr(smtp, 'Deadline', make_deadline)
+    # The first deadline passes after the end of DATA, before the answer.
+    with SlowFilter(0.1, lambda: setattr(deadlines[0], 'seconds', 0)) as server:
         assert send(server.url()) == '250 queued as 1'
         assert len(server.accepted) == 1
 
