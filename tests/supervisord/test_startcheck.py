@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from support import PYTHON, Listener, Supervisord, run_command_line, wait_for, write_script
+from support import PYTHON, Listener, Supervisord, make_patient, wait_for, write_script
 
 PROGRAMS = """
 [program:web]
@@ -49,7 +49,8 @@ LOGS = ['warning: unable to read the stdout log of container for --tail: it goes
 
 @pytest.fixture(scope='module')
 def supervisord(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisord]:
-    with Supervisord(tmp_path_factory.mktemp('startcheck'), PROGRAMS) as running:
+    folder = tmp_path_factory.mktemp('startcheck')
+    with Supervisord(folder, PROGRAMS, environment=make_patient(folder)) as running:
         yield running
 
 
@@ -60,20 +61,9 @@ def read_messages(supervisord: Supervisord, listener: str, number: int) -> list[
     return [line.partition(f' {listener}: ')[2] for line in path.read_text('utf-8').splitlines()][1:]
 
 
-def test_names_and_stop_time_are_logged_at_start(supervisord: Supervisord) -> None:
+def test_problems_of_the_configuration_are_logged_at_start(supervisord: Supervisord) -> None:
     assert read_messages(supervisord, 'memmon', 3) == [GROUP_NOTE, TYPO, STOP_TIME]
-
-
-def test_logs_that_cannot_be_read_are_logged_at_start(supervisord: Supervisord) -> None:
     assert sorted(read_messages(supervisord, 'crashmail', 3)) == sorted(LOGS)
-
-
-def test_once_prints_the_same(supervisord: Supervisord) -> None:
-    printed = run_command_line('memmon', '--once', '-p', 'web=1GB', '-p', 'pool=1GB', '-p', 'wbe=1GB', '-p', 'slow=1GB',
-                               f'--configuration={supervisord.configuration}', folder=supervisord.folder)
-    lines = printed.stdout.splitlines()
-    assert [line for line in lines if 'process matches' in line or 'using all' in line] == [GROUP_NOTE, TYPO]
-    assert printed.returncode == 1
 
 
 def test_check_at_start_leaves_no_memory_behind(supervisord: Supervisord) -> None:
@@ -85,23 +75,6 @@ def test_check_at_start_leaves_no_memory_behind(supervisord: Supervisord) -> Non
             return int(rss.split()[1])
 
     assert measure_kib(supervisord.url) - measure_kib('unix:///nonexistent.sock') < 1024
-
-
-def test_missing_password_is_logged_at_start(tmp_path: Path) -> None:
-    expected = ('warning: supervisord requires a user name and password (401): '
-                'set SUPERVISOR_USERNAME and SUPERVISOR_PASSWORD ')
-    with Supervisord(tmp_path, '', 'username=robot\npassword=secret\n') as supervisord:
-        with Listener(['memmon', '-a', '1GB'], supervisord.environment) as listener:
-            listener.tick()
-            listener.tick()
-            assert listener.log.count(expected) == 1
-        user = {'SUPERVISOR_USERNAME': 'robot', 'SUPERVISOR_PASSWORD': 'secret'}
-        with Listener(['memmon', '-a', '1GB'], {**supervisord.environment, **user}) as listener:
-            listener.tick()
-            assert 'warning' not in listener.log
-        printed = run_command_line('memmon', '--once', '-a', '1GB', SUPERVISOR_SERVER_URL=supervisord.url)
-        assert (printed.returncode, printed.stdout.count('\n')) == (1, 1)
-        assert printed.stdout.startswith(expected)
 
 
 MOUNT = 'mount -t proc -o hidepid=2 proc /proc'
@@ -131,14 +104,9 @@ def test_processes_that_hidepid_hides_are_logged_at_start(tmp_path: Path, hidepi
             'option hidepid of /proc; run memmon as root or as the user of these processes')
     with Supervisord(tmp_path, '[program:web]\ncommand=sleep 1000\nstartsecs=0\nuser=nobody\n') as supervisord:
         supervisord.wait_for_state('web')
-        with Listener(['memmon', '-a', '1KB'], supervisord.environment, executable=hidepid) as listener:
+        with Listener(['memmon', '-a', '1KB'], {**supervisord.environment, **make_patient(tmp_path)},
+                      executable=hidepid) as listener:
             for _ in range(3):
                 listener.tick()
             assert listener.log.count(line) == 1
             assert 'restarted' not in listener.log
-        printed = subprocess.run([hidepid, '-m', 'superlance.memmon', '--once', '-a', '1GB'], stdout=subprocess.PIPE,
-                                 encoding='utf-8', env={**os.environ, **supervisord.environment}, check=False)
-        assert (printed.returncode, printed.stdout.splitlines()[-1]) == (1, line)
-        # Without hidepid, all is well.
-        printed = run_command_line('memmon', '--once', '-a', '1GB', SUPERVISOR_SERVER_URL=supervisord.url)
-        assert (printed.returncode, printed.stdout.count('warning')) == (0, 0)

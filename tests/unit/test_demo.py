@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from superlance import demo
+from superlance import crashmail, demo, httpok, memmon
+from superlance.options import read_argv
 
 STAMP = '2026-11-24 05:02:11,123 '
 SUPERVISORD_LOG = f"""\
@@ -144,6 +146,14 @@ def test_lines_of_listeners_are_bold_on_a_terminal_that_can_show_it(
 def test_output_is_plain_if_it_is_not_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_transcript(tmp_path).print_news()
     assert '\033' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('module', [memmon, httpok, crashmail], ids=lambda module: str(module.__name__))
+def test_sections_of_the_listeners_are_valid(tmp_path: Path, module: Any) -> None:
+    name = module.__name__.rpartition('.')[2]
+    command = re.search(rf'\[eventlistener:{name}\]\ncommand={name} (.*)\nevents=', demo.write_files(tmp_path))
+    assert command
+    assert module.build_options(*read_argv(command[1].split(), module.OPTIONS)).warnings == ()
 
 
 @pytest.mark.parametrize(('arguments', 'status', 'stream', 'text'), [
