@@ -145,9 +145,6 @@ class Input(io.RawIOBase):
         self._fd = fd
         self._request = request
 
-    def fileno(self) -> int:
-        return self._fd
-
     def readable(self) -> bool:
         return True
 

@@ -14,12 +14,28 @@ settings.register_profile('superlance', deadline=None, derandomize=True)
 settings.load_profile('superlance')
 
 
+COVERAGE = 'COVERAGE_PROCESS_CONFIG'    # with this, Python measures the coverage of a process from its start
+
+
 @pytest.fixture(autouse=True, scope='session')
-def _own_environment() -> None:
+def _own_environment() -> str:
+    """Remove variables from the environment; return that of the coverage."""
+    coverage = os.environ.pop(COVERAGE, '')
     for name in list(os.environ):
         # Output is buffered, and modules are compiled once, as a user has it.
         if name.startswith(('SUPERVISOR_', 'SUPERLANCE_')) or name in ('PYTHONUNBUFFERED', 'PYTHONDONTWRITEBYTECODE'):
             del os.environ[name]
+    return coverage
+
+
+@pytest.fixture
+def measured(_own_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the coverage of a test's processes, too: for lines that no test runs in its own process.
+
+    The start of the measurement takes longer than most processes.
+    """
+    if _own_environment:
+        monkeypatch.setenv(COVERAGE, _own_environment)
 
 
 @pytest.fixture

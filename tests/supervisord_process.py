@@ -7,10 +7,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest import mock
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['supervisor.supervisord'])
@@ -18,11 +16,6 @@ _context.set_forkserver_preload(['supervisor.supervisord'])
 
 def start(configuration: Path, environment: dict[str, str]) -> BaseProcess:
     """Start supervisord with this environment, in the folder of its configuration."""
-    # Without coverage: supervisord is not what is tested. Its programs get the whole environment.
-    with mock.patch.dict(os.environ):
-        for name in [name for name in os.environ if name.startswith('COVERAGE_')]:
-            del os.environ[name]
-        forkserver.ensure_running()
     process = _context.Process(target=_run, args=(configuration, environment))
     process.start()
     return process

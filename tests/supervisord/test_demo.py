@@ -14,6 +14,7 @@ from typing import Any, Iterator
 import pytest
 from support import PYTHON, find_children, kill_marked, make_mark, read, wait_for
 
+pytestmark = pytest.mark.usefixtures('measured')
 LIMIT_SECONDS = 60
 # Runs the demo with other limits, so that a test of them is fast.
 IMPATIENT = 'from superlance import demo; demo.STOP_SECONDS = 1; raise SystemExit(demo.main([]))'

@@ -532,6 +532,7 @@ def test_usage_error_whatever_the_locale() -> None:
     assert rb"ban\udce4na\udcff\xe4'" in err
 
 
+@pytest.mark.usefixtures('measured')
 @pytest.mark.parametrize(('arguments', 'redirection', 'status'), [
     ('--bad', '>&- 2>&-', 2),
     ('--help', '>/dev/full 2>/dev/full', 1),
