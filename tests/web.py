@@ -8,10 +8,12 @@ import struct
 import time
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Callable, Iterator, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence, Union
 
-import trustme
 from support import TIMEOUT, read_until, serving
+
+if TYPE_CHECKING:
+    import trustme     # not otherwise: most tests need no certificates
 
 Handler = Callable[[socket.socket], None]
 # What a server does with a connection whose request it has read.
