@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence, Union
 from support import TIMEOUT, read_until, serving
 
 if TYPE_CHECKING:
-    import trustme     # not otherwise: most tests need no certificates
+    import trustme  # not otherwise: most tests need no certificates
 
 Handler = Callable[[socket.socket], None]
 # What a server does with a connection whose request it has read.
