@@ -172,11 +172,13 @@ def replace_supervisord(folder: Path, text: str) -> Path:
 
 
 BROKEN = "raise SystemExit('this supervisord is broken')\n"
-# Starts nothing, but logs a start.
+# Starts nothing, but logs a start every 0.1 s.
 FAKE = """import time
 with open('supervisord.log', 'w') as log:
-    log.write("2026-11-25 05:02:11,123 INFO spawned: 'leaky' with pid 999999999\\n")
-time.sleep(1000)
+    while True:
+        log.write("2026-11-25 05:02:11,123 INFO spawned: 'leaky' with pid 999999999\\n")
+        log.flush()
+        time.sleep(0.1)
 """
 
 

@@ -57,8 +57,9 @@ SCRIPTS = {
     # If a program exits at once, supervisord may have reaped it before it answers (SPAWN_ERROR).
     'fatal': Script('sleep 0.5; exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 600, 'startretries': 0}, 'FATAL', [
         ('stopProcess', (True,), 'FATAL'), ('startProcess', (False,), 'FATAL'), ('removeProcessGroup', (), '')]),
+    # When it is stopped, supervisord may have started it again.
     'backoff': Script('sleep 0.5; exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 600, 'startretries': 9}, 'BACKOFF', [
-        ('startProcess', (False,), 'BACKOFF'), ('stopProcess', (True,), 'STOPPED')]),
+        ('stopProcess', (True,), 'STOPPED')]),
     # Before it is seen to be STOPPED, it is told that it may stop.
     'slow': Script("trap 'while [ ! -e slow.stop ]; do sleep 0.05; done; exit 0' TERM; touch slow.ready; "
                    'while :; do sleep 0.05; done', (None, 0, 1.0), {'stopwaitsecs': 600}, 'RUNNING', [
