@@ -4,19 +4,19 @@ from __future__ import annotations
 import re
 import smtplib
 import socket
-import ssl
 from base64 import b64encode
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from superlance.command import Deadline, SecondsLeft
-from superlance.fetch import BoundedSocket, FetchFailed, Request, Target, connect, limit_wait
+from superlance.fetch import BoundedSocket, FetchFailed, Request, Target, connect, limit_wait, make_tls_context
 from superlance.listener import one_line
 from superlance.notice import SendFailed, find_domain, hide
 from superlance.rpc import Unknown
 
 if TYPE_CHECKING:
+    import ssl
     from email.message import EmailMessage
 
     from superlance.mail import SmtpServer
@@ -108,14 +108,11 @@ class Session:
         """Read the greeting, start TLS if possible, and log in if there is a user name."""
         server, smtp = self._server, self._smtp
         is_loopback = ip_address(sock.getpeername()[0].partition('%')[0]).is_loopback
-        context = ssl.create_default_context()
-        if is_loopback or not (server.tls or server.user):
-            # Nothing secret is sent, or not over a network: TLS that can't be verified is better than none.
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
+        # If nothing secret is sent, or not over a network, TLS that can't be verified is better than none.
+        verify = not is_loopback and bool(server.tls or server.user)
         smtp.local_hostname = _make_ehlo_name(sock)
         encrypted = server.tls
-        self._use(self._wrap(sock, context) if encrypted else sock)
+        self._use(self._wrap(sock, verify) if encrypted else sock)
         code, answer = smtp.getreply()
         if code != 220:
             raise smtplib.SMTPConnectError(code, answer)
@@ -124,7 +121,7 @@ class Session:
             code, answer = smtp.docmd('STARTTLS')
             if code != 220:
                 raise smtplib.SMTPResponseException(code, answer)
-            self._use(self._wrap(sock, context))
+            self._use(self._wrap(sock, verify))
             smtp.ehlo()     # what the server offered before was not protected, RFC 3207, 4.2
             encrypted = True
         if server.user:
@@ -137,9 +134,9 @@ class Session:
         self._smtp.sock = SmtpSocket(sock, self.seconds_left)  # type: ignore[assignment]
         self._smtp.file = None  # smtplib opens another; what this one has buffered was sent before TLS
 
-    def _wrap(self, sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    def _wrap(self, sock: socket.socket, verify: bool) -> ssl.SSLSocket:
         sock.settimeout(limit_wait(self.seconds_left))
-        return context.wrap_socket(sock, server_hostname=self._server.host)
+        return make_tls_context(verify).wrap_socket(sock, server_hostname=self._server.host)
 
     def _log_in(self) -> None:
         """Log in by the first mechanism that both sides support.
