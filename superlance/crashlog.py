@@ -123,19 +123,22 @@ class Calls:
         self._environment = environment
         self._make = make
         self._clock = clock
-        self._end_at = 0.0
+        self._end_at: float | None = None   # None: there was no call yet
         self._resume_at = 0.0
 
     def begin(self) -> None:
-        """Start the time limit for another crash."""
-        with suppress(ImportError, OSError):    # else the call reports it
-            # Not within the limit: on a busy machine this alone would be a late answer.
-            import supervisor.childutils  # noqa: F401
-        self._end_at = self._clock() + CALLS_SECONDS
+        """Start the time limit for another crash, with its first call."""
+        self._end_at = None
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of supervisord. Raises Unknown and Refused."""
+        with suppress(ImportError, OSError):    # else the call reports it
+            # Not earlier: the log files are read first. Not within the limit: on a busy machine this alone would be a
+            # late answer.
+            import supervisor.childutils  # noqa: F401
         started = self._clock()
+        if self._end_at is None:
+            self._end_at = started + CALLS_SECONDS
         if started < self._resume_at:
             raise Unknown('supervisord is not asked for 1m after a late answer')
         if started >= self._end_at:

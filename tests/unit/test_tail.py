@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -94,6 +95,22 @@ def log(tmp_path: Path, supervisord: FakeSupervisord) -> Path:
 def append(path: Path, data: str) -> None:
     with open(path, 'a', encoding='utf-8') as file:
         file.write(data)
+
+
+def test_log_is_read_before_the_slow_import_that_calls_need(
+        read: Read, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """supervisord has restarted the process, which soon writes its first lines."""
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object, target: object = None) -> None:
+            if name == 'supervisor.childutils':
+                append(log, 'line of the new process\n')
+
+    append(log, 'last line\n')
+    monkeypatch.delitem(sys.modules, 'supervisor.childutils', raising=False)
+    monkeypatch.setattr(sys, 'meta_path', [Finder, *sys.meta_path])
+    assert read() == 'The last lines of its stdout log:\n  last line'
+    assert 'line of the new process' in log.read_text()
 
 
 def test_last_lines_of_both_logs(read: Read, log: Path, tmp_path: Path) -> None:
