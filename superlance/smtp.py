@@ -174,7 +174,7 @@ class Session:
         smtp.send(re.sub(br'(?m)^\.', b'..', data) + b'.\r\n')
         self._deadline = Deadline(ANSWER_SECONDS)
         code, answer = smtp.getreply()
-        if code != 250:
+        if not 200 <= code < 300:   # the first digit decides (RFC 5321, 4.3.2); a retry would be a second mail
             raise smtplib.SMTPDataError(code, answer)
         with suppress(OSError, FetchFailed):
             smtp.putcmd('QUIT')     # the mail is accepted, whatever the answer to this

@@ -294,6 +294,11 @@ def make_dialogue(*answers: bytes, greeting: bytes = b'220 hello') -> Callable[[
     return handle
 
 
+def test_unusual_positive_answer_is_not_a_reason_to_send_the_mail_again() -> None:
+    with Server(answers={'DATA': '251 will forward'}) as server:
+        assert send(server.url()) == '251 will forward'
+
+
 def test_one_of_two_recipients_is_rejected() -> None:
     with Server(rejected=['eve@example.com']) as server:
         assert send(server.url(), ('bob@example.com', 'Eve <eve@example.com>')) == (
