@@ -66,12 +66,12 @@ class ProcessLogs:
     def read(self, namespec: str, pid: str) -> str:
         """Return the lines, or why there are none, as text for a mail."""
         seen = any(name == namespec for name, _ in self._marks)
-        excerpt = self._read_all(namespec)
+        excerpt = self._read_all(namespec, pid)
         try:
             known = self._processes.find_paths(namespec)
             current = make_process(self._processes.refresh_one(namespec))
             if known != self._processes.find_paths(namespec):
-                excerpt = self._read_all(namespec)  # `supervisorctl update` has changed its logs
+                excerpt = self._read_all(namespec, pid)  # `supervisorctl update` has changed its logs
             if excerpt.has_lines and pid and current.pid and str(current.pid) != pid:
                 excerpt.parts.append('supervisord has restarted it: the last lines above may be from the new process.')
         except (Unknown, Refused) as why:
@@ -82,7 +82,7 @@ class ProcessLogs:
         nothing = 'Its logs have no new lines since its last crash.' if seen else 'Its logs are empty.'
         return '\n\n'.join(excerpt.parts or [nothing])
 
-    def _read_all(self, namespec: str) -> Excerpt:
+    def _read_all(self, namespec: str, pid: str) -> Excerpt:
         excerpt = Excerpt()
         try:
             if self._processes.find_paths(namespec) is None:
@@ -94,12 +94,12 @@ class ProcessLogs:
             channels.setdefault(path, []).append(channel)
         for path, names in channels.items():
             try:
-                self._add(excerpt, namespec, path, names)
+                self._add(excerpt, namespec, pid, path, names)
             except (Unknown, Refused) as why:
                 excerpt.add_trouble(why)
         return excerpt
 
-    def _add(self, excerpt: Excerpt, namespec: str, path: str, channels: Sequence[str]) -> None:
+    def _add(self, excerpt: Excerpt, namespec: str, pid: str, path: str, channels: Sequence[str]) -> None:
         """Add the end of a log to which these channels are written, or why it is missing."""
         title = f"{' and '.join(channels)} log"
         if is_device(path):
@@ -107,6 +107,9 @@ class ProcessLogs:
         elif path:
             lines = strip_escapes(self._read(namespec, path, channels[0])).rstrip('\n').split('\n')[-self._lines:]
             if lines == ['']:
+                # supervisord says that a file that it can't open is empty. A process that it could not start has none.
+                if pid and is_missing(path):
+                    excerpt.parts.append(f'Unable to read its {title}: {path} does not exist.')
                 return
             sharers = self._processes.count_sharers(namespec, path)
             if sharers:
@@ -189,6 +192,17 @@ def read_rotated(path: str, current: os.stat_result, mark: Mark | None) -> bytes
             return read_from(file, start, status.st_size) if is_recent else None
     except OSError:
         return None
+
+
+def is_missing(path: str) -> bool:
+    """Return whether a log has been deleted or renamed, by logrotate for example: supervisord still writes to it."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return os.path.isabs(path)
+    except OSError:     # in a directory that only supervisord can enter
+        pass
+    return False
 
 
 def is_device(path: str) -> bool:

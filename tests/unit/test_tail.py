@@ -89,6 +89,7 @@ def log(tmp_path: Path, supervisord: FakeSupervisord) -> Path:
     path = tmp_path / 'web.out'
     supervisord.add(stdout=path, stderr=tmp_path / 'web.err')
     path.write_bytes(b'')
+    (tmp_path / 'web.err').write_bytes(b'')
     return path
 
 
@@ -189,6 +190,16 @@ def test_empty_logs(read: Read, log: Path) -> None:
     assert read() == EMPTY
     append(log, 'words\n')
     assert read().endswith('words')
+
+
+def test_log_that_was_deleted_is_named(read: Read, log: Path, supervisord: FakeSupervisord, tmp_path: Path) -> None:
+    """supervisord goes on writing to the deleted file."""
+    log.unlink()
+    assert read() == f'Unable to read its stdout log: {log} does not exist.'
+    assert read(4, pid='') == EMPTY     # it was never started
+    for lines, unknown in enumerate(('relative', str(tmp_path / 'web.err' / 'not in a directory')), 1):
+        supervisord.infos['web:web']['stdout_logfile'] = unknown
+        assert read(lines) == EMPTY
 
 
 def test_note_about_a_process_that_has_been_restarted(read: Read, log: Path, supervisord: FakeSupervisord) -> None:
