@@ -87,8 +87,10 @@ if TYPE_CHECKING:
 EXITED = 'PROCESS_STATE_EXITED'
 FATAL = 'PROCESS_STATE_FATAL'
 
-# How many different logs one mail has at most; for the other crashes, it has only a line each.
+# How many different logs one mail has at most; for the other crashes, it has only a line each. Of a process that goes
+# on crashing, it does not list all: mail servers reject mail of more than 10 MB or so.
 LOGS_IN_MAIL = 50
+CRASHES_IN_MAIL = 1000
 NAMES_IN_SUBJECT = 10
 START_SECONDS = 5.0   # events are waiting
 SHUTDOWN_CALL_SECONDS = 5
@@ -223,14 +225,19 @@ class Report(NamedTuple):
     logs: str = ''
 
 
-def compose(reports: Sequence[Report], omitted: int = 0) -> tuple[str, str]:
-    """Return the subject and body of the mail for one or several crashes; omitted is the number of missing logs."""
+def compose(reports: Sequence[Report], omitted: int = 0, unlisted: int = 0) -> tuple[str, str]:
+    """Return the subject and body of the mail for one or several crashes.
+
+    omitted is the number of missing logs, unlisted that of further crashes of the same processes.
+    """
     lines = [f'{timestamp(report.crash.when)}: {report.crash.text}' for report in reports]
     if len(reports) == 1:
         return reports[0].crash.subject, '\n'.join([*lines, '', reports[0].logs])
     titles = sorted({report.crash.title for report in reports})
     since = timestamp(reports[0].crash.when)[11:19]
-    subject = f'{len(reports)} crashes since {since}: {join_names(titles, NAMES_IN_SUBJECT)}'
+    if unlisted:
+        lines.append(f'{count(unlisted, "more crash", "more crashes")} of these processes: see the log of crashmail.')
+    subject = f'{len(reports) + unlisted} crashes since {since}: {join_names(titles, NAMES_IN_SUBJECT)}'
     same_logs: dict[str, list[Crash]] = {}
     for report in reports:
         if report.logs:
@@ -254,21 +261,21 @@ def _describe_owners(crashes: Sequence[Crash]) -> str:
 class Digest:
     """Sends the first report at once, and those of the next interval together."""
 
-    def __init__(self, interval_seconds: float, send: Callable[[Sequence[Report], int], None]) -> None:
+    def __init__(self, interval_seconds: float, send: Callable[[Sequence[Report], int, int], None]) -> None:
         self._interval_seconds = interval_seconds
         self._send = send
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._held: list[Report] = []
         self._logs: dict[str, str] = {}     # the different logs of these reports
-        self._omitted = 0
+        self._omitted = self._unlisted = 0
 
     def add(self, report: Report) -> None:
         with self._lock:
             if self._timer:
                 self._hold(report)
             else:
-                self._send([report], 0)
+                self._send([report], 0, 0)
                 self._wait()
 
     def close(self) -> None:
@@ -278,6 +285,9 @@ class Digest:
             self._send_held()
 
     def _hold(self, report: Report) -> None:
+        if len(self._held) >= CRASHES_IN_MAIL and any(held.crash.title == report.crash.title for held in self._held):
+            self._unlisted += 1
+            return
         if report.logs in self._logs or len(self._logs) < LOGS_IN_MAIL:
             report = report._replace(logs=self._logs.setdefault(report.logs, report.logs))
         else:
@@ -299,8 +309,8 @@ class Digest:
 
     def _send_held(self) -> None:
         if self._held:
-            self._send(self._held, self._omitted)
-            self._held, self._logs, self._omitted = [], {}, 0
+            self._send(self._held, self._omitted, self._unlisted)
+            self._held, self._logs, self._omitted, self._unlisted = [], {}, 0, 0
 
 
 # The listener.
@@ -368,7 +378,7 @@ class Crashmail:
         if self._digest:
             self._digest.add(report)
         else:
-            self._send([report], 0)
+            self._send([report])
         if self._shutdown and crash.group != self._own_group:
             self._shutdown.request()
 
@@ -379,8 +389,8 @@ class Crashmail:
             self._details_reader = DetailsReader(self._environment, self._options.tail_lines, self._log)
         return self._details_reader
 
-    def _send(self, reports: Sequence[Report], omitted: int) -> None:
-        subject, body = compose(reports, omitted)
+    def _send(self, reports: Sequence[Report], omitted: int = 0, unlisted: int = 0) -> None:
+        subject, body = compose(reports, omitted, unlisted)
         self._outbox.put(self._options.prefix + subject, body, self._server)
 
 

@@ -220,8 +220,9 @@ class Sent:
     def __init__(self) -> None:
         self.mails: list[tuple[list[Report], int]] = []
 
-    def __call__(self, reports: Sequence[Report], omitted: int) -> None:
+    def __call__(self, reports: Sequence[Report], omitted: int, unlisted: int) -> None:
         self.mails.append((list(reports), omitted))
+        self.unlisted = unlisted
 
 
 def make_reports(number: int) -> list[Report]:
@@ -276,6 +277,25 @@ def test_digest_of_a_storm_keeps_every_crash_and_a_limited_number_of_logs(timers
     assert [report.crash for report in held] == [report.crash for report in reports[1:]]
     assert len({report.logs for report in held if report.logs}) == crashmail.LOGS_IN_MAIL
     assert omitted == sum(1 for report in held if not report.logs) == 101
+
+
+def test_digest_does_not_grow_with_a_process_that_crashes_all_day(timers: list[FakeTimer]) -> None:
+    sent = Sent()
+    digest = Digest(600, sent)
+    for report in make_reports(1 + crashmail.CRASHES_IN_MAIL + 5):
+        digest.add(report)
+    other = Report(CRASHED._replace(program='db', when=NOW + 1))
+    digest.add(other)
+    digest.add(other)
+    timers[-1].fire()
+    held, _ = sent.mails[1]
+    assert (len(held), held[-1].crash, sent.unlisted) == (crashmail.CRASHES_IN_MAIL + 1, other.crash, 6)
+    subject, body = compose(held, 0, sent.unlisted)
+    assert subject == f'1007 crashes since {timestamp(NOW)[11:19]}: web, web:db'
+    assert f'{timestamp(NOW + 1)}: {other.crash.text}\n6 more crashes of these processes: see the log' in body
+    digest.add(other)
+    digest.close()
+    assert sent.mails[2:] == [([other], 0)] and sent.unlisted == 0
 
 
 @pytest.mark.usefixtures('_no_threads')
