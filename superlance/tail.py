@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 TAIL_BYTES = 64 * 1024
 MARK_BYTES = 64
+# supervisord can't send a text that begins or ends within a UTF-8 character, which has 4 bytes at most; a process that
+# is killed may leave an incomplete one. So many bytes are left out at the start and at the end, in this order.
+CUTS = ((0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (0, 3))
 # A .1 that was written to so recently may have been the log when the process wrote its last lines.
 ROTATED_SECONDS = 60.0
 # In answers of supervisord, rpc.py has replaced control characters with visible ones.
@@ -147,15 +150,14 @@ class ProcessLogs:
         mark = self._marks.get((namespec, path))
         self._marks[namespec, path] = Mark(size)
         first = max(mark.size if mark and mark.size <= size else 0, size - TAIL_BYTES)
-        last = min(first + 3, size - 1)
-        while first < size:
+        failure = None
+        for start, end in ((first + skipped, size - cut) for skipped, cut in CUTS if first + skipped < size - cut):
             try:
-                return str(self._calls.call(f'readProcess{channel.capitalize()}Log', namespec, first, size - first))
-            except HttpError:
-                # It can't send a text that begins within a character, which has 4 bytes at most.
-                first += 1
-                if first > last:
-                    raise
+                return str(self._calls.call(f'readProcess{channel.capitalize()}Log', namespec, start, end - start))
+            except HttpError as why:
+                failure = why
+        if failure:
+            raise failure
         return ''
 
 

@@ -401,6 +401,15 @@ def test_logs_that_supervisord_cannot_send(read: Read, supervisord: FakeSupervis
     assert read().startswith('The last lines of its stdout log:\n  more')
 
 
+@pytest.mark.parametrize('cut', [1, 2, 3])
+def test_log_of_a_process_that_was_killed_within_a_character(
+        read: Read, supervisord: FakeSupervisord, cut: int) -> None:
+    """Programs that write to a file write blocks of 4 KB, which may end anywhere."""
+    supervisord.add(stdout='web.out')
+    supervisord.logs = {'stdout': 'words \U0001d11e'.encode()[:-cut]}
+    assert read() == 'The last lines of its stdout log:\n  words '
+
+
 def test_relative_path_is_read_by_supervisord(
         read: Read, supervisord: FakeSupervisord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
