@@ -374,7 +374,7 @@ def measure_memmon(old: Path, new: Path) -> list[Row]:
     few, many = walls[50], walls[400]
     assert few.floor and many.floor
     rows.append(Row('tick, 400 processes to 50: times', many.old / few.old, many.new / few.new,
-                    many.floor / few.floor, to_floor=at_most(1)))
+                    many.floor / few.floor, to_floor=at_most(1.1)))   # as that of ps, up to the noise
     return rows
 
 
