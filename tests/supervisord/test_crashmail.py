@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from inbox import CommandInbox
-from support import Supervisord, make_patient, run_command_line, wait_for, write_script
+from support import Supervisord, make_patient, read, run_command_line, wait_for, write_script
 
 LISTENER = """
 [eventlistener:crashmail]
@@ -58,6 +58,12 @@ def wait_for_crashes(folder: Path, number: int) -> list[str]:
     return read_crashes(folder)
 
 
+def wait_for_exec(pid: int) -> int:
+    """Wait until a process runs sleep, and return its pid: before that it may handle signals as supervisord does."""
+    wait_for(lambda: read(Path(f'/proc/{pid}/comm')) == 'sleep\n', 'exec')
+    return pid
+
+
 def test_different_crashes_of_a_night(tmp_path: Path, run: Run, inbox: CommandInbox) -> None:
     loop = write_script(tmp_path / 'loop', LOOP.format(tmp_path))
     quick = write_script(tmp_path / 'quick', 'echo no config >&2\nexit 78\n')
@@ -96,7 +102,7 @@ startsecs=0
 exitcodes=1
 autorestart=unexpected
 """)
-    web, odd = (supervisord.wait_for_state(name)['pid'] for name in ('web', "we'b(x)"))
+    web, odd = (wait_for_exec(supervisord.wait_for_state(name)['pid']) for name in ('web', "we'b(x)"))
     os.kill(web, signal.SIGKILL)
     os.kill(odd, signal.SIGTERM)
     supervisord.wait_for_state('expected', 'EXITED')
@@ -141,7 +147,7 @@ startsecs=0
     expected = {}
     for index, info in enumerate(infos):
         expected[f"p:{info['name']} (pid {info['pid']})"] = f'terminated by {signals[index % 4].name}'
-        os.kill(info['pid'], signals[index % 4])
+        os.kill(wait_for_exec(info['pid']), signals[index % 4])
     crashes = wait_for_crashes(tmp_path, number)
     assert dict(line.split(' exited unexpectedly: ') for line in crashes) == expected
     assert 'discarding event' not in supervisord.log
