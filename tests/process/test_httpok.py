@@ -101,6 +101,8 @@ def test_a_lack_of_file_descriptors_is_not_an_outage(inbox: CommandInbox) -> Non
         used = max(map(int, os.listdir(f'/proc/{listener.pid}/fd'))) + 1
         listener.tick()     # imports what a check needs
         listener.expect(b'READY\n')
+        # Python 3.8 loads a library at the end of the first thread, and aborts if it can't open it.
+        wait_for(lambda: len(os.listdir(f'/proc/{listener.pid}/task')) == 1, 'the end of the thread')
         for spare in range(3):  # none for the thread's pipe, half a pipe, none for the socket
             resource.prlimit(listener.pid, resource.RLIMIT_NOFILE, (used + spare, limits[1]))
             listener.send_event('TICK_5', f'when:{int(time.time()) + 1}')
