@@ -149,6 +149,20 @@ class Calls:
             if self._clock() - started >= LATE_SECONDS:
                 self._resume_at = self._clock() + PAUSE_SECONDS
 
+    def call_any(self, method: str, attempts: Iterable[Sequence[Any]]) -> Any:
+        """Call a method with the arguments of each attempt until supervisord can send the answer.
+
+        It can't send a text that begins or ends within a UTF-8 character. Raises Unknown and Refused.
+        """
+        failure = None
+        for arguments in attempts:
+            try:
+                return self.call(method, *arguments)
+            except HttpError as why:
+                failure = why
+        assert failure
+        raise failure
+
     def call_in_helper(self, method: str, seconds: float, interrupt: ExitRequest | None) -> Any:
         """Call a method before the first crash. Raises Unknown and Refused."""
         answer, = self._make(self._environment, seconds).call_in_helper([(method,)], seconds, interrupt)
@@ -329,18 +343,9 @@ class ExitReasons:
 
     def _read(self) -> None:
         """Read the end of supervisord's log. Raises Unknown and Refused."""
-        failure = None
-        for window_bytes in WINDOWS_BYTES:
-            started = self._clock()
-            try:
-                self._text = self._calls.call('readLog', -window_bytes, 0)
-            except HttpError as why:
-                failure = why
-            else:
-                self._read_at = started
-                return
-        assert failure
-        raise failure
+        started = self._clock()
+        self._text = self._calls.call_any('readLog', [(-window_bytes, 0) for window_bytes in WINDOWS_BYTES])
+        self._read_at = started
 
 
 class Details(NamedTuple):

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Sequence
 
 from superlance.options import count
-from superlance.rpc import HttpError, Refused, Unknown, is_shutting_down, make_process
+from superlance.rpc import Refused, Unknown, is_shutting_down, make_process
 
 if TYPE_CHECKING:
     from superlance.crashlog import Calls, Processes
@@ -150,15 +150,11 @@ class ProcessLogs:
         mark = self._marks.get((namespec, path))
         self._marks[namespec, path] = Mark(size)
         first = max(mark.size if mark and mark.size <= size else 0, size - TAIL_BYTES)
-        failure = None
-        for start, end in ((first + skipped, size - cut) for skipped, cut in CUTS if first + skipped < size - cut):
-            try:
-                return str(self._calls.call(f'readProcess{channel.capitalize()}Log', namespec, start, end - start))
-            except HttpError as why:
-                failure = why
-        if failure:
-            raise failure
-        return ''
+        if first >= size:
+            return ''
+        parts = ((first + skipped, size - cut) for skipped, cut in CUTS)
+        return str(self._calls.call_any(f'readProcess{channel.capitalize()}Log', [
+            (namespec, start, end - start) for start, end in parts if start < end]))
 
 
 def find_start(file: BinaryIO, size: int, mark: Mark | None) -> int:

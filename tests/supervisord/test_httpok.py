@@ -72,7 +72,7 @@ class Watch:
         return {name for name in {*before, *self._pids} if before.get(name) != self._pids.get(name)}
 
     def close(self, mails: int) -> list[tuple[str, str]]:
-        """Wait for so many mails, end the listener, and return the subjects and texts of all mails."""
+        """Wait for so many mails, stop the listener, and return the subjects and texts of all mails."""
         self._inbox.wait(mails)
         assert self.listener.close() == 0
         return [(mail['Subject'], mail.get_content()) for mail in self._inbox.mails]

@@ -60,7 +60,7 @@ SCRIPTS = {
     # When it is stopped, supervisord may have started it again.
     'backoff': Script('sleep 0.5; exit 3', (0.05, 3 << 8, 0.01), {'startsecs': 600, 'startretries': 9}, 'BACKOFF', [
         ('stopProcess', (True,), 'STOPPED')]),
-    # Before it is seen to be STOPPED, it is told that it may stop.
+    # It stops when slow.stop exists; the test creates that file before it waits for STOPPED.
     'slow': Script("trap 'while [ ! -e slow.stop ]; do sleep 0.05; done; exit 0' TERM; touch slow.ready; "
                    'while :; do sleep 0.05; done', (None, 0, 1.0), {'stopwaitsecs': 600}, 'RUNNING', [
         ('stopProcess', (False,), 'STOPPING'), ('stopProcess', (True,), 'STOPPING'),
